@@ -1,0 +1,336 @@
+"""One YAML file -> one frozen, typed tree that describes a whole run.
+
+A new setting is one field with its doc under it; what must hold between settings is in `config_checks.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llama_dist.config_checks import batch_problem, either_side
+from llama_dist.config_problems import conflicts_within, find_problems
+from llama_dist.config_yaml import Document, dump_yaml, graft_, override_, read_document
+from llama_dist.errors import UserError
+from llama_dist.layout import Layout
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+PositiveOrZero = Annotated[float, Field(strict=True, ge=0)]
+Ratio = Annotated[float, Field(strict=True, ge=0, le=1)]
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Frozen settings; unknown names, NaN and infinity are errors, and the text under a field is its help."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        )
+
+
+class RopeScaling(Section):
+    """How Llama 3.1 stretches the rotary embeddings (The Llama 3 Herd of Models, section 3.2)."""
+
+    factor: Annotated[float, Field(strict=True, ge=1)]
+    """By how much low frequencies are slowed."""
+    low_freq_factor: Positive
+    """Wavelengths above original_max_position_embeddings / low_freq_factor are slowed by the whole factor."""
+    high_freq_factor: Positive
+    """Wavelengths below original_max_position_embeddings / high_freq_factor are kept; in between is a blend."""
+    original_max_position_embeddings: Count
+    """Context in tokens that the model had before the stretch."""
+
+
+class ModelConfig(Section):
+    """The shape of a LLaMA, under the names that Hugging Face uses."""
+
+    vocab_size: Count
+    """Rows of the embedding and of the head; the tokenizer has at most as many tokens."""
+    hidden_size: Count
+    """Width of the residual stream."""
+    intermediate_size: Count
+    """Width inside the SwiGLU feed-forward."""
+    num_hidden_layers: Count
+    """Decoder layers."""
+    num_attention_heads: Count
+    """Query heads."""
+    num_key_value_heads: Count = Field(default_factory=lambda known: known["num_attention_heads"])
+    """Key/value heads, each shared by an equal group of query heads; default: as many as query heads."""
+    head_dim: Count = Field(default_factory=lambda known: known["hidden_size"] // known["num_attention_heads"])
+    """Width of a head; default: hidden_size // num_attention_heads."""
+    max_position_embeddings: Count
+    """Longest sequence in tokens."""
+    rope_theta: Positive = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1's stretch of the rotary embeddings; null: none."""
+    rms_norm_eps: Positive = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_word_embeddings: Flag = False
+    """Whether the head is the embedding's own weight."""
+    initializer_range: Positive = 0.02
+    """Standard deviation of the initial weights."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        return _without_conflicts(self)
+
+
+class ParallelConfig(Section):
+    """How the run is laid out; none of it changes what is computed."""
+
+    dp: Count | Literal["auto"] = "auto"
+    """Replicas of the model, over which ZeRO partitions; auto: as many as the world size allows."""
+    tp: Count = 1
+    """Tensor-parallel ranks in a replica; each holds a cut of every matrix."""
+    pp: Count = 1
+    """Pipeline stages in a replica; each holds some of the layers."""
+    zero: Annotated[int, Field(strict=True, ge=1, le=3)] = 3
+    """What DeepSpeed ZeRO partitions: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    micro_batch: Count = 1
+    """Sequences that a replica takes through the model at a time; the rest of its share is accumulated."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of forwards and backwards in the pipeline."""
+    activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(strict=True, ge=2)] = "none"
+    """What is recomputed in the backward: no layer, every layer, the attention only, or every N-th layer."""
+
+
+class Source(Section):
+    """One part of a mixture of training data."""
+
+    shards: Text
+    """Shard directory, as `llama-dist prepare` writes it."""
+    weight: Positive = 1.0
+    """Share of the samples that come from it, relative to the other sources."""
+
+
+class DataConfig(Section):
+    """What the model reads."""
+
+    tokenizer: Text
+    """Tokenizer file: a sentencepiece .model or a Hugging Face tokenizer.json."""
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Shard directories to train on, with their weights."""
+    heldout: Text | None = None
+    """Shard directory for perplexity; null: none."""
+    seq_len: Count
+    """Tokens in a sequence."""
+    seed: Seed = 0
+    """Decides the order of the samples."""
+
+
+class OptimConfig(Section):
+    """AdamW and its learning rate."""
+
+    lr: Positive
+    """Peak learning rate."""
+    min_lr_ratio: Ratio = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of the first and of the second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: PositiveOrZero = 0.1
+    """Decoupled weight decay; matrices only, never norms."""
+    grad_clip: PositiveOrZero = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: cosine to the end, or stable and then a linear decay (wsd)."""
+    warmup_steps: CountOrZero = 0
+    """Steps over which the learning rate rises from 0."""
+    decay_steps: Count | None = None
+    """Length of the final decay in steps, for wsd; null for cosine."""
+
+
+class TrainConfig(Section):
+    """How long, on what, and in which precision."""
+
+    steps: Count
+    """Optimizer updates in the whole run."""
+    global_batch: Count
+    """Sequences in an update, whatever the layout."""
+    seed: Seed = 0
+    """Decides the initial weights."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of forward and backward (master weights are float32); auto: bf16 on GPUs, fp32 on CPUs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs where the machine has them."""
+    timeout_seconds: Count = 600
+    """How long a rank waits for the others before it gives up."""
+
+
+class CheckpointConfig(Section):
+    """When the run saves itself."""
+
+    every: CountOrZero = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: Count = 2
+    """How many of the newest checkpoints stay."""
+
+
+class EvalConfig(Section):
+    """What is measured during the run."""
+
+    every: CountOrZero = 0
+    """Steps between evaluations; 0: only at the end."""
+    perplexity: Flag = True
+    """Whether to measure perplexity on data.heldout, where that is given."""
+    choices: list[Text] = []
+    """Multiple-choice benchmarks: paths of .jsonl files."""
+    batch: Count = 8
+    """Sequences that a replica evaluates at a time."""
+    max_samples: CountOrZero = 0
+    """Samples of each benchmark; 0: all."""
+
+
+class MetricsConfig(Section):
+    """Where figures go."""
+
+    tensorboard: Flag = True
+    """Whether to write TensorBoard files into the run folder."""
+    peak_tflops: Positive | None = None
+    """Of one device, for the MFU; null: known for common GPUs, measured otherwise."""
+
+
+class RunConfig(Section):
+    """A whole pretraining run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """What the run is called."""
+    folder: Text = Field(default_factory=lambda known: f"runs/{known['name']}")
+    """Where it keeps everything it writes; default: runs/<name>."""
+    model: ModelConfig
+    """The model: a mapping, or the path of a file that holds one, relative to this file."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the run is laid out."""
+    data: DataConfig
+    """What the model reads."""
+    optim: OptimConfig
+    """AdamW and its learning rate."""
+    train: TrainConfig
+    """How long, on what, and in which precision."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run saves itself."""
+    eval: EvalConfig = EvalConfig()
+    """What is measured during the run."""
+    metrics: MetricsConfig = MetricsConfig()
+    """Where figures go."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        return _without_conflicts(self)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file describes, with `section.key=value` overrides applied in order.
+
+    `model` may name another file, relative to this one (an override `model=FILE`: to the working directory). Raises
+    UserError with one line for each problem of the file, its model file and the overrides.
+    """
+    document = read_document(path)
+    _read_model_(document, Path(document.source).parent)
+    for text in overrides:
+        if override_(document, text) == ("model",):
+            _read_model_(document, Path())
+    run = _build(RunConfig, document)
+    check_supported(run)
+    return run
+
+
+def load_model_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The model that a YAML file of its own describes. Raises UserError with one line for each problem."""
+    return _build(ModelConfig, read_document(path))
+
+
+def build_config(tree: type[SectionT], values: Mapping[str, Any], *, where: str) -> SectionT:
+    """Settings from plain values. Raises UserError with one line for each problem, each beginning with `where`."""
+    return _build(tree, Document(where, dict(values)))
+
+
+def dump_config(run: RunConfig) -> str:
+    """YAML that loads to an equal RunConfig, with every default written out."""
+    return dump_yaml(run.model_dump(mode="json"))
+
+
+def fit_layout(run: RunConfig, world_size: int) -> Layout:
+    """The run's layout on `world_size` ranks. Raises UserError naming what would fit."""
+    parallel = run.parallel
+    replica = parallel.tp * parallel.pp
+    if parallel.dp == "auto":
+        if world_size % replica:
+            raise UserError(
+                f"run {run.name}: the world size {world_size} is not a multiple of parallel.tp * parallel.pp = "
+                f"{parallel.tp} * {parallel.pp} = {replica}; start {either_side(world_size, replica)} ranks"
+            )
+        dp = world_size // replica
+    else:
+        dp = parallel.dp
+        if dp * replica != world_size:
+            instead = f", or use parallel.dp={world_size // replica} or auto" if world_size % replica == 0 else ""
+            raise UserError(
+                f"run {run.name}: the world size {world_size} is not parallel.dp * parallel.tp * parallel.pp = "
+                f"{dp} * {parallel.tp} * {parallel.pp} = {dp * replica}; start {dp * replica} ranks{instead}"
+            )
+    problem = batch_problem(run.train.global_batch, dp, parallel.micro_batch, replica=replica)
+    if problem:
+        raise UserError(f"run {run.name}: {problem}")
+    return Layout(dp=dp, tp=parallel.tp, pp=parallel.pp)
+
+
+def num_microbatches(run: RunConfig, layout: Layout) -> int:
+    """Micro-batches that each replica takes in a step."""
+    count, rest = divmod(run.train.global_batch, layout.dp * run.parallel.micro_batch)
+    assert rest == 0, f"{layout} does not share out a global batch of {run.train.global_batch}; use fit_layout"
+    return count
+
+
+def check_supported(run: RunConfig) -> None:
+    """Refuse what the settings can say and the engine cannot do yet."""
+    for axis, words in (("tp", "tensor"), ("pp", "pipeline")):
+        size = getattr(run.parallel, axis)
+        if size > 1:
+            raise UserError(f"run {run.name}: parallel.{axis}={size}: {words} parallelism is not built yet; use 1")
+
+
+def _read_model_(document: Document, folder: Path) -> None:
+    """Where `model` is the name of a file, put that file's settings in its place."""
+    name = document.values.get("model")
+    if isinstance(name, str):
+        try:
+            graft_(document, ("model",), read_document(folder / name))
+        except UserError as error:
+            document.problems.append(f"{document.place(('model',))}: model={name!r}: {error}")
+            document.unread.add(("model",))
+
+
+def _build(tree: type[SectionT], document: Document) -> SectionT:
+    problems = [
+        f"{document.place(problem.keys)}: {problem.text}"
+        for problem in find_problems(RunConfig, tree, document.values)
+        if problem.keys[:1] not in document.unread
+    ]
+    if document.problems or problems:
+        raise UserError("\n".join(dict.fromkeys([*document.problems, *problems])))
+    return tree.model_validate(document.values)
+
+
+def _without_conflicts(section: SectionT) -> SectionT:
+    conflicts = conflicts_within(RunConfig, section)
+    if conflicts:
+        raise ValueError("\n".join(conflicts))
+    return section

@@ -1,0 +1,210 @@
+"""What must hold between settings: each check says with which numbers it fails and which values would pass.
+
+A check is a function of a few settings, so all that can be judged is judged even where other settings are wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+
+class Check(NamedTuple):
+    """A generator of problems and the settings (dotted) that it takes; the first is where the problem is shown."""
+
+    settings: tuple[str, ...]
+    problems: Callable[..., Iterator[str]]
+
+
+def find_conflicts(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(setting, problem) for every check all of whose settings are known."""
+    return [
+        (check.settings[0], problem)
+        for check in CHECKS
+        if all(name in known for name in check.settings)
+        for problem in check.problems(*(known[name] for name in check.settings))
+    ]
+
+
+def divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def choice(numbers: list[int], near: int) -> str:
+    """`{1, 2, 4}`: at most the eight numbers that are nearest."""
+    return "{" + ", ".join(map(str, sorted(sorted(numbers, key=lambda n: abs(n - near))[:8]))) + "}"
+
+
+def either_side(value: int, multiple: int) -> str:
+    """The multiples next to `value`: `12 or 18`."""
+    below = value // multiple * multiple
+    return f"{below} or {below + multiple}" if below else str(multiple)
+
+
+def batch_problem(global_batch: int, dp: int, micro_batch: int, *, replica: int | None = None) -> str | None:
+    """What is wrong with a global batch (in sequences) that `dp` replicas take `micro_batch` sequences at a time.
+
+    `replica` is the number of ranks in a replica, where the world size decides dp and not the config.
+    """
+    unit = dp * micro_batch
+    if global_batch % unit == 0:
+        return None
+    ways = [f"train.global_batch={either_side(global_batch, unit)}"]
+    if global_batch % dp == 0:
+        ways.append(f"parallel.micro_batch in {choice(divisors(global_batch // dp), micro_batch)}")
+    if global_batch % micro_batch == 0:
+        fit = divisors(global_batch // micro_batch)
+        if replica is None:
+            ways.append(f"parallel.dp in {choice(fit, dp)}")
+        else:
+            ways.append(f"a world size in {choice([replica * n for n in fit], replica * dp)}")
+    return (
+        f"train.global_batch={global_batch} is not a multiple of dp * parallel.micro_batch = "
+        f"{dp} * {micro_batch} = {unit}; use {', or '.join(ways)}"
+    )
+
+
+def _heads(heads: int, kv_heads: int) -> Iterator[str]:
+    if heads % kv_heads:
+        fit = choice(divisors(heads), kv_heads)
+        yield (
+            f"model.num_key_value_heads={kv_heads} does not divide model.num_attention_heads={heads}; "
+            f"use num_key_value_heads in {fit}"
+        )
+
+
+def _head_dim(head_dim: int, hidden: int, heads: int) -> Iterator[str]:
+    if heads > hidden or (hidden % heads and head_dim == hidden // heads):
+        yield (
+            f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; "
+            f"use num_attention_heads in {choice(divisors(hidden), heads)}, or give model.head_dim"
+        )
+    elif head_dim % 2:
+        yield (
+            f"model.head_dim={head_dim} is odd, and rotary embeddings turn pairs; "
+            f"use head_dim={either_side(head_dim, 2)}"
+        )
+
+
+def _rope_bands(low: float, high: float) -> Iterator[str]:
+    if high <= low:
+        yield (
+            f"model.rope_scaling.high_freq_factor={high:g} is not above model.rope_scaling.low_freq_factor={low:g}; "
+            "Llama 3.1 uses 4 and 1"
+        )
+
+
+def _rope_range(original: int, positions: int) -> Iterator[str]:
+    if original > positions:
+        yield (
+            f"model.rope_scaling.original_max_position_embeddings={original} exceeds "
+            f"model.max_position_embeddings={positions}; use original_max_position_embeddings <= {positions}"
+        )
+
+
+def _tensor_parallel(tp: int, kv_heads: int, heads: int, vocab: int, intermediate: int) -> Iterator[str]:
+    fit = choice(divisors(math.gcd(kv_heads, heads, vocab, intermediate)), tp)
+    sizes = {
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": heads,
+        "vocab_size": vocab,
+        "intermediate_size": intermediate,
+    }
+    for name, size in sizes.items():
+        if size % tp:
+            yield f"parallel.tp={tp} does not divide model.{name}={size}; use tp in {fit}"
+
+
+def _pipeline_parallel(pp: int, layers: int) -> Iterator[str]:
+    if pp > layers:
+        yield f"parallel.pp={pp} exceeds model.num_hidden_layers={layers}; use pp <= {layers}"
+
+
+def _recomputation(every: int | str, layers: int) -> Iterator[str]:
+    if isinstance(every, int) and every > layers:
+        yield (
+            f"parallel.activation_checkpointing={every} exceeds model.num_hidden_layers={layers}, so that no layer "
+            f"would be recomputed; use a number from 2 to {layers}, or none"
+        )
+
+
+def _batch(global_batch: int, dp: int | str, micro_batch: int) -> Iterator[str]:
+    if micro_batch > global_batch:
+        yield (
+            f"train.global_batch={global_batch} is smaller than parallel.micro_batch={micro_batch}; "
+            f"use parallel.micro_batch in {choice(divisors(global_batch), micro_batch)}"
+        )
+    elif isinstance(dp, int):
+        problem = batch_problem(global_batch, dp, micro_batch)
+        if problem:
+            yield problem
+    elif global_batch % micro_batch:
+        fit = choice(divisors(global_batch), micro_batch)
+        yield (
+            f"train.global_batch={global_batch} is not a multiple of parallel.micro_batch={micro_batch}; use "
+            f"train.global_batch={either_side(global_batch, micro_batch)}, or parallel.micro_batch in {fit}"
+        )
+
+
+def _warmup(warmup: int, steps: int) -> Iterator[str]:
+    if warmup > steps:
+        yield f"optim.warmup_steps={warmup} exceeds train.steps={steps}; use warmup_steps <= {steps}"
+
+
+def _decay(decay: int | None, schedule: str, warmup: int, steps: int) -> Iterator[str]:
+    if schedule == "cosine":
+        if decay is not None:
+            yield (
+                f"optim.decay_steps={decay} is for optim.schedule=wsd (cosine decays from the warm-up to the end); "
+                "leave decay_steps out, or use schedule=wsd"
+            )
+    elif decay is None:
+        yield f"optim.schedule=wsd needs optim.decay_steps; use for example decay_steps={max(1, steps // 10)}"
+    elif warmup <= steps and warmup + decay > steps:
+        yield (
+            f"optim.decay_steps={decay} and optim.warmup_steps={warmup} exceed train.steps={steps}; "
+            f"use decay_steps <= {steps - warmup}"
+        )
+
+
+def _positions(seq_len: int, positions: int) -> Iterator[str]:
+    if seq_len > positions:
+        yield (
+            f"data.seq_len={seq_len} exceeds model.max_position_embeddings={positions}; use seq_len <= {positions}"
+        )
+
+
+def _something_to_evaluate(every: int, perplexity: bool, choices: list[str], heldout: str | None) -> Iterator[str]:
+    if every and not choices and not (perplexity and heldout):
+        yield (
+            f"eval.every={every} with nothing to evaluate; give data.heldout (with eval.perplexity=true) or "
+            "eval.choices, or use eval.every=0"
+        )
+
+
+def _model(*names: str) -> tuple[str, ...]:
+    return tuple(f"model.{name}" for name in names)
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(_model("num_attention_heads", "num_key_value_heads"), _heads),
+    Check(_model("head_dim", "hidden_size", "num_attention_heads"), _head_dim),
+    Check(_model("rope_scaling.low_freq_factor", "rope_scaling.high_freq_factor"), _rope_bands),
+    Check(_model("rope_scaling.original_max_position_embeddings", "max_position_embeddings"), _rope_range),
+    Check(
+        (
+            "parallel.tp",
+            *_model("num_key_value_heads", "num_attention_heads", "vocab_size", "intermediate_size"),
+        ),
+        _tensor_parallel,
+    ),
+    Check(("parallel.pp", "model.num_hidden_layers"), _pipeline_parallel),
+    Check(("parallel.activation_checkpointing", "model.num_hidden_layers"), _recomputation),
+    Check(("train.global_batch", "parallel.dp", "parallel.micro_batch"), _batch),
+    Check(("optim.warmup_steps", "train.steps"), _warmup),
+    Check(("optim.decay_steps", "optim.schedule", "optim.warmup_steps", "train.steps"), _decay),
+    Check(("data.seq_len", "model.max_position_embeddings"), _positions),
+    Check(("eval.every", "eval.perplexity", "eval.choices", "data.heldout"), _something_to_evaluate),
+)
