@@ -66,7 +66,7 @@ def batch_problem(global_batch: int, dp: int, micro_batch: int, *, replica: int 
     )
 
 
-def _heads(heads: int, kv_heads: int) -> Iterator[str]:
+def _kv_heads(kv_heads: int, heads: int) -> Iterator[str]:
     if heads % kv_heads:
         fit = choice(divisors(heads), kv_heads)
         yield (
@@ -75,13 +75,17 @@ def _heads(heads: int, kv_heads: int) -> Iterator[str]:
         )
 
 
-def _head_dim(head_dim: int, hidden: int, heads: int) -> Iterator[str]:
-    if heads > hidden or (hidden % heads and head_dim == hidden // heads):
+def _heads(heads: int, hidden: int, head_dim: int) -> Iterator[str]:
+    # A head_dim other than the default was given on purpose, and then heads need not fill the hidden size.
+    if hidden % heads and head_dim == hidden // heads:
         yield (
             f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; "
             f"use num_attention_heads in {choice(divisors(hidden), heads)}, or give model.head_dim"
         )
-    elif head_dim % 2:
+
+
+def _head_dim(head_dim: int) -> Iterator[str]:
+    if head_dim % 2:
         yield (
             f"model.head_dim={head_dim} is odd, and rotary embeddings turn pairs; "
             f"use head_dim={either_side(head_dim, 2)}"
@@ -189,8 +193,9 @@ def _model(*names: str) -> tuple[str, ...]:
 
 
 CHECKS: tuple[Check, ...] = (
-    Check(_model("num_attention_heads", "num_key_value_heads"), _heads),
-    Check(_model("head_dim", "hidden_size", "num_attention_heads"), _head_dim),
+    Check(_model("num_key_value_heads", "num_attention_heads"), _kv_heads),
+    Check(_model("num_attention_heads", "hidden_size", "head_dim"), _heads),
+    Check(_model("head_dim"), _head_dim),
     Check(_model("rope_scaling.low_freq_factor", "rope_scaling.high_freq_factor"), _rope_bands),
     Check(_model("rope_scaling.original_max_position_embeddings", "max_position_embeddings"), _rope_range),
     Check(

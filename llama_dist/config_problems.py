@@ -7,7 +7,6 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -80,12 +79,18 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if get_origin(annotation) is tuple:
         return f"a list of {len(arguments)}, each {allowed(arguments[0])}"
+    nonempty = "non-empty " * any(getattr(item, "min_length", None) for item in _constraints(metadata))
     if get_origin(annotation) is list:
-        least = "non-empty " if any(isinstance(m, annotated_types.MinLen) for m in metadata) else ""
-        return f"a {least}list of {allowed(arguments[0])}"
+        return f"a {nonempty}list of {allowed(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a mapping with {', '.join(annotation.model_fields)}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: f"{nonempty}text",
+        type(None): "null",
+    }
     return words[annotation] + _bounds(metadata)
 
 
@@ -147,7 +152,7 @@ def _hint(annotation: Any, value: Any) -> str:
         return "; take the quotes away if it is one"
     if isinstance(value, float) and value.is_integer() and "whole number" in words:
         return f"; write {int(value)}"
-    if isinstance(value, (int, float)) and words.startswith("text"):
+    if isinstance(value, (int, float)) and words.split(" or ")[0].endswith("text"):
         return "; put it in quotes"
     return ""
 

@@ -125,7 +125,8 @@ def override_(document: Document, text: str) -> Keys:
     problem = _assign(document.values, keys, builder.build(root, keys))
     if problem:
         document.problems.append(f"{where}: {problem}")
-    document.places[keys] = where
+    for length in range(1, len(keys) + 1):
+        document.places.setdefault(keys[:length], where)
     return keys
 
 
@@ -185,7 +186,8 @@ class _Builder:
                 continue
             key = key_node.value
             if key in lines:
-                self.complain(key_node, f"{dotted(keys + (key,))} was given on line {lines[key]} already; keep one")
+                already = "already" if self.where else f"on line {lines[key]} already"
+                self.complain(key_node, f"{dotted(keys + (key,))} was given {already}; keep one")
                 continue
             lines[key] = key_node.start_mark.line + 1
             values[key] = self.build(value_node, keys + (key,))
