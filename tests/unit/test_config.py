@@ -462,13 +462,19 @@ def test_all_problems_are_reported_each_on_its_line(run_file: Path) -> None:
             ["parallel.tp=4"],
             "parallel.tp=4 does not divide model.num_key_value_heads=2; use tp in {1, 2}",
         ),
-        (["parallel.tp=2", "model.vocab_size=513"], "parallel.tp=2 does not divide model.vocab_size=513; use tp in {1}"),
+        (
+            ["parallel.tp=2", "model.vocab_size=513"],
+            "parallel.tp=2 does not divide model.vocab_size=513; use tp in {1}",
+        ),
         (
             ["parallel.tp=2", "model.intermediate_size=175"],
             "parallel.tp=2 does not divide model.intermediate_size=175; use tp in {1}",
         ),
         (["parallel.pp=3"], "parallel.pp=3 exceeds model.num_hidden_layers=2; use pp <= 2"),
-        (["parallel.activation_checkpointing=5"], "parallel.activation_checkpointing=5 exceeds model.num_hidden_layers=2"),
+        (
+            ["parallel.activation_checkpointing=5"],
+            "parallel.activation_checkpointing=5 exceeds model.num_hidden_layers=2",
+        ),
         (
             ["parallel.micro_batch=16"],
             "train.global_batch=8 is smaller than parallel.micro_batch=16; use parallel.micro_batch in {1, 2, 4, 8}",
