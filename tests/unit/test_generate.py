@@ -145,6 +145,15 @@ def test_cuts_of_a_distribution() -> None:
         ), (top_k, top_p)
 
 
+def test_edges_of_a_cut() -> None:
+    even = token_probabilities(torch.zeros(4), temperature=1.0, top_p=0.5)
+    assert even.tolist() == [0.5, 0.5, 0, 0]  # exactly top_p is enough
+    # The lowest and the highest draw fall on kept tokens, though the first and the last token are cut.
+    logits, rule = torch.tensor([0.0, 1.0, 1.0, 0.0]), {"temperature": 1.0, "top_k": 2, "top_p": 1.0}
+    assert generation._pick(logits, 0.0, **rule) == 1
+    assert generation._pick(logits, 1 - 2**-53, **rule) == 2
+
+
 def test_a_seed_repeats_and_other_prompts_change_nothing(tiny: Llama) -> None:
     def sample(prompts: list[list[int]], seed: int) -> list[list[int]]:
         return generate(tiny, prompts, max_new_tokens=20, eos_id=None, temperature=1.0, seed=seed)
