@@ -1,0 +1,195 @@
+"""Tokenizers give their library's ids, keep every text, and are trained with LLaMA-2's settings."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+from data_helpers import small_tokenizer, text_of
+
+from llama_dist.data import tokenizer as module
+from llama_dist.data.tokenizer import fingerprint_of, load_tokenizer, sample_lines, train_tokenizer
+from llama_dist.errors import UserError
+
+TEXTS = {
+    "code": "def f(x):\n\tif x  ==  1:\n        return  {'a': [1, 2]}\n\n\n",
+    "unicode": "naïve Zürich Ελληνικά русский 中文 日本語 العربية हिन्दी",
+    "compatibility": "ﬁ ① Å x² \u00a0 \u3000 \u200b e\u0301",
+    "emojis": "😀 👩‍👧 🏳️‍🌈",
+    "spaces": "  two  three   \t tab\t\ttabs \n newline\r\n crlf   ",
+    "nul and controls": "a\0b\x01\x7f",
+    "special": "<s> </s> <unk> <|endoftext|> <0x0A>",
+    "only newlines": "\n\n\n",
+    "one space": " ",
+    "empty": "",
+    "bom inside": "x\ufeffy",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_every_text_survives_a_small_trained_vocabulary(text: str) -> None:
+    tokenizer = load_tokenizer(small_tokenizer())
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+@pytest.mark.parametrize("file", ["llama2_32000/tokenizer.model", "gpt2_tokenizer.json"])
+def test_every_text_survives_the_published_tokenizers(shared_data: Path, file: str, text: str) -> None:
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / file)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+
+
+def test_llama2_on_shakespeare(shared_data: Path) -> None:
+    file = shared_data / "tokenizers/llama2_32000/tokenizer.model"
+    text = (shared_data / "corpora/tinyshakespeare.txt").read_text()
+    tokenizer = load_tokenizer(file)
+    ids = tokenizer.encode(text)
+    assert len(text) > 2 * module.CHUNK_CHARACTERS, "the text must be long enough to be cut"
+    assert len(ids) == 368_633
+    assert ids == sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(text)
+    assert tokenizer.decode(ids) == text
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)
+    assert tokenizer.fingerprint == hashlib.sha256(file.read_bytes()).hexdigest() == fingerprint_of(file)
+
+
+SENTENCEPIECE = ["tokenizers/llama2_32000/tokenizer.model", "tokenizers/small/torchtune_m.model",
+                 "checkpoints/stories260K/tok512.model"]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", SENTENCEPIECE)
+def test_ids_in_chunks_equal_sentencepiece(shared_data: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 50)
+    tokenizer = load_tokenizer(shared_data / file)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(shared_data / file))
+    draw = random.Random(0)
+    for corpus in ("wikitext2_valid.txt", "novels/Burnett_Garden_1911.txt", "tinystories_2MiB.txt"):
+        text = (shared_data / "corpora" / corpus).read_bytes()[:40_000].decode(errors="ignore")
+        assert tokenizer.encode(text) == reference.encode(text)
+    for _ in range(300):
+        text = "".join(draw.choices(" \n\n\tab\0é😀", k=draw.randint(51, 200)))
+        assert tokenizer.encode(text) == reference.encode(text), repr(text)
+
+
+def test_long_text_is_cut_only_where_lines_are_independent(shared_data: Path) -> None:
+    can_cut = [load_tokenizer(shared_data / file)._can_cut for file in SENTENCEPIECE]
+    assert can_cut == [True, False, True], "torchtune's makes a space of a newline; the others must not take memory"
+
+
+def test_hugging_face_ids_and_special_tokens(shared_data: Path) -> None:
+    text = (shared_data / "corpora/peps_slice.jsonl").read_text()[:50_000]
+    gpt2 = shared_data / "tokenizers/gpt2_tokenizer.json"
+    tokenizer = load_tokenizer(gpt2)
+    assert tokenizer.encode(text) == tokenizers.Tokenizer.from_file(str(gpt2)).encode(text).ids
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (50257, None, 50256)
+
+    stories = load_tokenizer(shared_data / "checkpoints/stories260K/hf/tokenizer.json")
+    assert (stories.vocab_size, stories.bos_id, stories.eos_id) == (512, 1, 2)
+    same = load_tokenizer(shared_data / "checkpoints/stories260K/tok512.model")
+    assert stories.encode("Once upon a time") == same.encode("Once upon a time")
+    assert stories.decode([1, *same.encode("Lily"), 2]).strip() == "Lily"
+
+
+def test_a_folder_stands_for_the_tokenizer_in_it(shared_data: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(shared_data / "tokenizers/llama2_32000").vocab_size == 32000
+    with pytest.raises(UserError, match="no tokenizer in this folder"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_is_no_tokenizer_is_named(shared_data: Path, tmp_path: Path) -> None:
+    small = shared_data / "tokenizers/small"
+    nameless = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
+    nameless.save(str(tmp_path / "nameless.json"))
+    with pytest.raises(UserError, match="nameless.json: no token to end a document with"):
+        load_tokenizer(tmp_path / "nameless.json")
+    with pytest.raises(UserError, match="torchtune_tiktoken_small.model: not a sentencepiece model"):
+        load_tokenizer(small / "torchtune_tiktoken_small.model")
+    with pytest.raises(UserError, match="no such tokenizer file"):
+        load_tokenizer(tmp_path / "absent.model")
+    for name, content in (("bad.json", "{}"), ("bad2.json", "not json"), ("empty.model", "")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=name):
+            load_tokenizer(tmp_path / name)
+
+
+def test_training_is_deterministic_and_leaves_one_file(tmp_path: Path) -> None:
+    texts = [text_of(i) for i in range(30)]
+    assert train_tokenizer(iter(texts), vocab_size=330, out=tmp_path / "deep/a.model")
+    assert train_tokenizer(texts, vocab_size=330, out=tmp_path / "b.model")
+    assert (tmp_path / "deep/a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.model", "b.model", "deep"]
+    tokenizer = load_tokenizer(tmp_path / "b.model")
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (330, 1, 2)
+
+
+def test_training_again_is_no_harm_and_another_vocabulary_is_kept(tmp_path: Path) -> None:
+    texts = [text_of(i) for i in range(30)]
+    out = tmp_path / "a.model"
+    assert train_tokenizer(texts, vocab_size=330, out=out)
+    assert not train_tokenizer(texts, vocab_size=330, out=out)
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="another tokenizer"):
+        train_tokenizer(texts, vocab_size=320, out=out)
+    assert out.read_bytes() == before
+
+
+def test_settings_of_llama2(shared_data: Path, tmp_path: Path) -> None:
+    text = (shared_data / "corpora/peps_slice.jsonl").read_text()[:300_000].replace("\\n", "\n")
+    train_tokenizer([text], vocab_size=1000, out=tmp_path / "a.model")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a.model"))
+    pieces = [processor.id_to_piece(i) for i in range(1000)]
+    assert pieces[:3] == ["<unk>", "<s>", "</s>"]
+    assert pieces[3:259] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert not [p for p in pieces[259:] if any(c.isdigit() for c in p) and len(p) > 1], "digits are split"
+    assert "▁▁▁▁" in pieces, "runs of spaces are pieces"
+    assert processor.encode("2024", out_type=str) == ["▁", "2", "0", "2", "4"]
+
+
+def test_a_vocabulary_too_large_names_the_largest_and_that_one_works(tmp_path: Path) -> None:
+    texts = [text_of(1)]
+    with pytest.raises(UserError, match=r"vocab_size=5000: .* at most (\d+) are possible") as caught:
+        train_tokenizer(texts, vocab_size=5000, out=tmp_path / "a.model")
+    assert not list(tmp_path.iterdir())
+    largest = int(str(caught.value).split("at most ")[1].split()[0])
+    train_tokenizer(texts, vocab_size=largest, out=tmp_path / "a.model")
+    assert load_tokenizer(tmp_path / "a.model").vocab_size == largest
+
+
+def test_a_vocabulary_too_small_names_one_that_works(tmp_path: Path) -> None:
+    texts = [text_of(i) for i in range(5)]
+    with pytest.raises(UserError, match="vocab_size=100: ") as caught:
+        train_tokenizer(texts, vocab_size=100, out=tmp_path / "a.model")
+    smallest = int(str(caught.value).split("raise it to ")[1].split()[0])
+    train_tokenizer(texts, vocab_size=smallest, out=tmp_path / "a.model")
+    assert load_tokenizer(tmp_path / "a.model").vocab_size == smallest
+
+
+@pytest.mark.parametrize("texts", [[], [""], [" \n\t\n"]])
+def test_training_on_nothing(texts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no text"):
+        train_tokenizer(texts, vocab_size=300, out=tmp_path / "a.model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_lines_and_nuls_are_trained_on(tmp_path: Path) -> None:
+    train_tokenizer(["\0 zyzzyva" * 20_000], vocab_size=270, out=tmp_path / "a.model")
+    assert load_tokenizer(tmp_path / "a.model").decode(load_tokenizer(tmp_path / "a.model").encode("zy\0")) == "zy\0"
+    assert "yzz" in str(sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a.model")).encode(
+        "zyzzyva", out_type=str))  # fmt: skip
+
+
+def test_the_sample_of_a_large_text_is_even_bounded_and_in_order() -> None:
+    lines = [f"line number {i:06d}" for i in range(20_000)]
+    sample = sample_lines(["\n".join(lines[:7000]), "\n".join(lines[7000:])], max_bytes=50_000)
+    assert 20_000 < sum(map(len, sample)) <= 50_000
+    assert sample == sorted(sample)
+    quarters = [sum(5000 * q <= int(line[-6:]) < 5000 * (q + 1) for line in sample) for q in range(4)]
+    assert max(quarters) < 1.2 * min(quarters), quarters
+    assert sample_lines(["a\n\nb"], max_bytes=50) == ["a", "b"]
