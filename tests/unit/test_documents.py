@@ -1,0 +1,85 @@
+"""Raw text is read as it is meant, and a bad input is named with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_dist.data.documents import Document, read_documents
+from llama_dist.errors import UserError
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_txt_is_one_document_without_bom_and_with_newlines(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "\ufeffone\r\ntwo\0é\n\rthree".encode())
+    assert list(read_documents([file])) == [Document(str(file), "one\ntwo\0é\n\rthree")]
+
+
+def test_a_gigantic_line_is_a_document(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", b"x" * 5_000_000)
+    assert len(next(read_documents([file])).text) == 5_000_000
+
+
+def test_jsonl_has_a_document_a_line(tmp_path: Path) -> None:
+    content = '\ufeff{"text": "a\\r\\nb", "id": 7, "more": 1}\r\n\n  \n{"text": "\\u00e9\\ud83d\\ude00"}\n{"text": ""}'
+    file = write(tmp_path / "a.jsonl", content.encode())
+    assert list(read_documents([file])) == [Document("7", "a\r\nb"), Document(f"{file}:4", "é😀")]
+
+
+def test_files_in_order_and_folders_sorted(tmp_path: Path) -> None:
+    (tmp_path / "f/sub").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", "f/z.txt", "f/sub/y.txt", "f/skipped.bin"):
+        write(tmp_path / name, name.encode())
+    paths = [tmp_path / "b.txt", tmp_path / "f", tmp_path / "a.txt"]
+    assert [d.text for d in read_documents(paths)] == ["b.txt", "f/sub/y.txt", "f/z.txt", "a.txt"]
+
+
+BAD = {
+    "utf8.txt": (b"one\ntwo\nthr\xffee", r"utf8.txt:3: byte 11 of the file \(0xff\) is not UTF-8"),
+    "bom.txt": (b"\xef\xbb\xbfok\n\xe9", r"bom.txt:2: byte 6 "),
+    "utf8.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"utf8.jsonl:2: byte 24 of the file \(0xe9\)"),
+    "cut.jsonl": (b'{"text": "a"}\n\n{"text": "b', r"cut.jsonl:3: not valid JSON"),
+    "deep.jsonl": (b"[" * 200_000, r"deep.jsonl:1: not valid JSON"),
+    "notext.jsonl": (b'{"txt": "a", "n": 1}', r"notext.jsonl:1: no string \"text\" \(found: keys 'txt', 'n'\)"),
+    "number.jsonl": (b'{"text": 5}', r"number.jsonl:1: no string \"text\""),
+    "list.jsonl": (b'["text"]', r"list.jsonl:1: no string \"text\" \(found: list\)"),
+    "half.jsonl": (b'{"text": "ab\\ud83d"}', r"half.jsonl:1: character 2 of the text is half a surrogate"),
+    "empty.txt": (b"", r"empty.txt: no documents with text"),
+    "blank.jsonl": (b'\n{"text": ""}\n', r"blank.jsonl: no documents with text"),
+    "data.parquet": (b"PAR1", r"data.parquet: is not a kind of file that is read here; allowed are .txt, .jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_input_is_named(tmp_path: Path, name: str) -> None:
+    content, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        list(read_documents([write(tmp_path / name, content)]))
+
+
+def test_missing_inputs_are_named_before_anything_is_read(tmp_path: Path) -> None:
+    good = write(tmp_path / "a.txt", b"a")
+    with pytest.raises(UserError, match="absent.txt: there is no such file"):
+        next(read_documents([good, tmp_path / "absent.txt"]))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="no .txt or .jsonl file in this folder"):
+        next(read_documents([good, tmp_path / "folder"]))
+    with pytest.raises(UserError, match="inputs: there are none"):
+        next(read_documents([]))
+
+
+def test_real_corpora(shared_data: Path) -> None:
+    novels = list(read_documents([shared_data / "corpora/novels"]))
+    assert len(novels) == 5
+    assert not any(d.text.startswith("\ufeff") or "\r\n" in d.text for d in novels)
+    assert novels[0].text.startswith("THE SECRET GARDEN\n")
+    peps = list(read_documents([shared_data / "corpora/peps_slice.jsonl"]))
+    assert (len(peps), peps[0].id) == (148, "pep-0001.rst")
+    first = (shared_data / "corpora/peps_slice.jsonl").read_text().split("\n", 1)[0]
+    assert peps[0].text == json.loads(first)["text"]
