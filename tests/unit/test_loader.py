@@ -1,0 +1,120 @@
+"""Micro-batches are a function of the samples consumed; ranks and micro-batches only cut the same row of samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from data_helpers import make_shards, small_tokenizer, text_of
+
+from llama_dist.config import DataConfig, Source
+from llama_dist.data.loader import Loader
+from llama_dist.data.order import sample_at
+from llama_dist.data.shards import Shards
+from llama_dist.data.tokenizer import train_tokenizer
+from llama_dist.errors import UserError
+
+SEQ_LEN = 16
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("shards")
+    return [str(make_shards(folder, documents=n, first=first, pair_tokens=300)) for n, first in ((20, 0), (9, 500))]
+
+
+def build(paths: list[str], *, weights: tuple[float, ...] = (0.75, 0.25), seed: int = 0, **layout: int) -> Loader:
+    data = DataConfig(
+        tokenizer=str(small_tokenizer()),
+        train=[Source(shards=path, weight=weight) for path, weight in zip(paths, weights, strict=False)],
+        seq_len=SEQ_LEN,
+        seed=seed,
+    )
+    defaults = {"vocab_size": 340, "global_batch": 16, "micro_batch": 1, "dp": 1, "dp_rank": 0}
+    return Loader(data, **{**defaults, **layout})
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_every_layout_reads_the_same_samples(two_sources: list[str], dp: int, micro_batch: int) -> None:
+    plain = build(two_sources, micro_batch=16)
+    ranks = [build(two_sources, dp=dp, dp_rank=r, micro_batch=micro_batch) for r in range(dp)]
+    for consumed in (0, 16, 32, 160, 16_000):
+        (expected,) = plain.microbatches(consumed)
+        batches = [batch for rank in ranks for batch in rank.microbatches(consumed)]
+        assert all(b.shape == (micro_batch, SEQ_LEN + 1) and b.dtype == torch.int64 for b in batches)
+        assert torch.equal(torch.cat(batches), expected)
+
+
+def test_another_global_batch_reads_the_same_row(two_sources: list[str]) -> None:
+    small, large = build(two_sources, global_batch=8), build(two_sources, global_batch=24)
+    row = [batch for consumed in (48, 56, 64) for batch in small.microbatches(consumed)]
+    assert torch.equal(torch.cat(row), torch.cat(large.microbatches(48)))
+
+
+def test_samples_are_windows_that_share_one_token(two_sources: list[str]) -> None:
+    shards = Shards(two_sources[0])
+    loader = build(two_sources[:1], weights=(1.0,))
+    assert loader.num_samples == [(shards.num_tokens - 1) // SEQ_LEN]
+    n = loader.num_samples[0]
+    _, sample = sample_at(range(16), sizes=[n], weights=[1.0], seed=0)
+    for row, i in zip(torch.cat(loader.microbatches(0)).tolist(), sample.tolist(), strict=True):
+        assert row == shards.tokens(i * SEQ_LEN, (i + 1) * SEQ_LEN + 1).tolist()
+
+
+def test_an_epoch_reads_every_sample_once_and_the_next_in_another_order(two_sources: list[str]) -> None:
+    loader = build(two_sources[:1], weights=(1.0,), global_batch=1)
+    n = loader.num_samples[0]
+    first, second = ([tuple(loader.microbatches(e * n + k)[0][0].tolist()) for k in range(n)] for e in (0, 1))
+    tokens = Shards(two_sources[0]).tokens(0, n * SEQ_LEN + 1).tolist()
+    windows = [tuple(tokens[i * SEQ_LEN : (i + 1) * SEQ_LEN + 1]) for i in range(n)]
+    assert sorted(first) == sorted(second) == sorted(windows)
+    assert first != second != windows != first
+
+
+def test_seeds_give_other_orders(two_sources: list[str]) -> None:
+    batches = {str(torch.cat(build(two_sources, seed=seed).microbatches(0)).tolist()) for seed in range(5)}
+    assert len(batches) == 5
+
+
+def test_weights_are_shares(two_sources: list[str]) -> None:
+    loader = build(two_sources, global_batch=400)
+    texts = torch.cat(loader.microbatches(0))
+    second = Shards(two_sources[1])
+    windows = {tuple(second.tokens(i * SEQ_LEN, (i + 1) * SEQ_LEN + 1).tolist()) for i in range(loader.num_samples[1])}
+    assert sum(tuple(row) in windows for row in texts.tolist()) == 100
+
+
+def test_shards_of_another_tokenizer_are_refused_by_name(two_sources: list[str], tmp_path: Path) -> None:
+    other = tmp_path / "other.model"
+    train_tokenizer([text_of(i) for i in range(9)], vocab_size=300, out=other)
+    data = DataConfig(tokenizer=str(other), train=[Source(shards=two_sources[0])], seq_len=SEQ_LEN)
+    with pytest.raises(UserError, match="made with another tokenizer") as caught:
+        Loader(data, vocab_size=340, global_batch=1, micro_batch=1, dp=1, dp_rank=0)
+    assert str(other) in str(caught.value) and str(small_tokenizer()) in str(caught.value)
+    with pytest.raises(UserError, match="there is no such tokenizer file"):
+        Loader(data.model_copy(update={"tokenizer": str(tmp_path / "absent.model")}),
+               vocab_size=340, global_batch=1, micro_batch=1, dp=1, dp_rank=0)  # fmt: skip
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(two_sources: list[str]) -> None:
+    with pytest.raises(UserError, match="model.vocab_size=339: .* use at least 340"):
+        build(two_sources, vocab_size=339)
+    build(two_sources, vocab_size=384)
+
+
+def test_a_corpus_shorter_than_one_sample_is_refused_with_numbers(two_sources: list[str]) -> None:
+    tokens = Shards(two_sources[0]).num_tokens
+    data = DataConfig(tokenizer=str(small_tokenizer()), train=[Source(shards=two_sources[0])], seq_len=tokens)
+    message = f"{tokens} tokens are fewer than the {tokens + 1} of one sample"
+    with pytest.raises(UserError, match=message):
+        Loader(data, vocab_size=340, global_batch=1, micro_batch=1, dp=1, dp_rank=0)
+    fits = Loader(data.model_copy(update={"seq_len": tokens - 1}),
+                  vocab_size=340, global_batch=1, micro_batch=1, dp=1, dp_rank=0)  # fmt: skip
+    assert fits.num_samples == [1] and fits.microbatches(7)[0].shape == (1, tokens)
+
+
+def test_a_batch_that_does_not_split_is_refused(two_sources: list[str]) -> None:
+    with pytest.raises(UserError, match="global_batch=16 does not split into dp=3 times micro_batch=2"):
+        build(two_sources, dp=3, micro_batch=2)
