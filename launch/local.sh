@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Start a run on this machine:  launch/local.sh RANKS CONFIG [key=value ...]
+# RANKS is a number, or "auto": one rank per GPU, or two where there is none.
+# Ctrl-C and TERM reach every rank, which save and stop. When one rank dies the others are ended, and the exit status
+# is that of the rank that failed first.
+set -u
+
+if [ $# -lt 2 ]; then
+    sed -n '2,3s/^# //p' "$0" >&2
+    exit 2
+fi
+ranks=$1
+shift
+if [ "$ranks" = auto ]; then
+    ranks=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU')
+    [ "$ranks" -gt 0 ] || ranks=2
+fi
+case $ranks in
+    '' | *[!0-9]* | 0*) echo "launch/local.sh: RANKS is '$ranks'; give a number from 1, or auto" >&2; exit 2 ;;
+esac
+
+python=${PYTHON:-python3}
+grace=${LLAMA_DIST_GRACE_SECONDS:-60}   # from the first rank's failure until the others are killed
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export MASTER_ADDR=127.0.0.1
+export WORLD_SIZE=$ranks
+# All ranks are here: gloo must not depend on what this machine's name resolves to.
+[ -d /sys/class/net/lo ] && export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+MASTER_PORT=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')} || exit
+export MASTER_PORT
+
+pids=()
+stop() { for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done; }
+# A terminal sends Ctrl-C to the ranks as well: the trap only keeps this script waiting for them.
+trap : INT
+trap 'stop TERM' TERM
+trap 'stop USR1' USR1
+
+for ((rank = 0; rank < ranks; rank++)); do
+    RANK=$rank LOCAL_RANK=$rank "$python" -m llama_dist train "$@" &
+    pids+=($!)
+done
+
+status=0
+for ((left = ranks; left > 0; )); do
+    wait -n -p ended "${pids[@]}"
+    code=$?
+    [ -n "${ended:-}" ] || continue   # a signal ended the wait, not a rank
+    left=$((left - 1))
+    for i in "${!pids[@]}"; do [ "${pids[i]}" = "$ended" ] && unset "pids[i]"; done
+    if [ $code -ne 0 ] && [ $status -eq 0 ]; then
+        status=$code
+        # The others notice by themselves and say which rank is silent; whoever does not is ended.
+        [ $left -gt 0 ] && (sleep "$grace"; stop KILL) & reaper=$!
+    fi
+    unset ended
+done
+[ -n "${reaper:-}" ] && kill "$reaper" 2>/dev/null
+exit $status

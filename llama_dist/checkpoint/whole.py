@@ -1,0 +1,58 @@
+"""A checkpoint's weights as one plain model in one process, for evaluation and generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llama_dist.boxes import Box
+from llama_dist.checkpoint.pieces import Piece
+from llama_dist.checkpoint.store import MANIFEST, Checkpoint, load_pieces, newest_valid, read_checkpoint, verify
+from llama_dist.config import RunConfig, build_config
+from llama_dist.errors import UserError
+from llama_dist.model.llama import Llama
+
+
+def find_checkpoint(path: str | Path) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint that `path` means: a checkpoint folder, or a run folder's newest one that verifies.
+
+    Also returns what was wrong with newer ones that were passed over. Raises UserError where there is none to use.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder; name a run folder or a checkpoint in its checkpoints/")
+    if (path / MANIFEST).is_file():
+        try:
+            checkpoint = read_checkpoint(path)
+            problems = verify(checkpoint)
+        except ValueError as error:
+            problems = [str(error)]
+        if problems:
+            raise UserError(f"{path}: is damaged: " + "; ".join(problems))
+        return checkpoint, []
+    checkpoint, passed_over = newest_valid(path / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{path}: holds no checkpoint; a run saves into checkpoints/ while it trains")
+    return checkpoint, passed_over
+
+
+def config_of(checkpoint: Checkpoint) -> RunConfig:
+    """The config that the checkpoint was saved under."""
+    return build_config(RunConfig, checkpoint.manifest["config"], where=str(checkpoint.path / MANIFEST))
+
+
+def load_model(checkpoint: Checkpoint) -> Llama:
+    """The float32 weights of a checkpoint, whatever layout saved it, as a plain model on the CPU."""
+    model = Llama(config_of(checkpoint).model)
+    pieces = []
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        pieces.append(Piece(name, shape, Box((0,) * len(shape), shape), parameter.detach()))
+    load_pieces(checkpoint, pieces, group=None)
+    return model.eval()
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,100 @@
+"""`llama-dist inspect`: what a run, a checkpoint or a shard directory holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from llama_dist.checkpoint.dcp import TENSORS_FILE
+from llama_dist.checkpoint.store import MANIFEST, Checkpoint, list_committed, read_checkpoint, verify
+from llama_dist.data.describe import describe_shards, format_bytes
+from llama_dist.errors import UserError
+from llama_dist.train.metrics import quantity, read_metrics
+
+DESCRIPTION = "Say what a run folder, a checkpoint or a shard directory holds, and whether it is whole."
+EPILOG = """\
+examples:
+  llama-dist inspect runs/default
+  llama-dist inspect runs/default/checkpoints/step-00000300
+  llama-dist inspect runs/default/shards/train
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("path", metavar="PATH", type=Path, help="a run folder, a checkpoint or a shard directory")
+    parser.add_argument("--tokenizer", metavar="FILE", help="decode two samples of a shard directory with it")
+
+
+def run(args: argparse.Namespace) -> int:
+    path: Path = args.path
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder; name a run folder, a checkpoint or a shard directory")
+    if (path / TENSORS_FILE).is_file() or path.parent.name == "checkpoints":
+        print(describe_checkpoint(path))
+    elif (path / "ledger.jsonl").is_file():
+        print(describe_run(path))
+    elif (path / MANIFEST).is_file():
+        print(describe_shards(path, args.tokenizer))
+    else:
+        raise UserError(f"{path}: is neither a run folder (ledger.jsonl), a checkpoint nor shards ({MANIFEST})")
+    return 0
+
+
+def describe_checkpoint(path: Path) -> str:
+    """Layout, position, tensors, sizes and versions of a checkpoint; UserError where it does not verify."""
+    try:
+        checkpoint = read_checkpoint(path)
+        problems = verify(checkpoint)
+    except ValueError as error:
+        problems = [str(error)]
+    if problems:
+        raise UserError(f"{path}: is damaged: " + "; ".join(problems))
+    manifest = checkpoint.manifest
+    tensors = json.loads((path / TENSORS_FILE).read_text())["tensors"]
+    layout = ", ".join(f"{axis} {size}" for axis, size in manifest["layout"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+    lines = [
+        f"checkpoint {path}: whole, every checksum right",
+        f"  step {checkpoint.position.step}, {checkpoint.position.samples} samples, {_tokens(checkpoint)} tokens",
+        f"  saved under {layout} by {versions}",
+        f"  {len(tensors)} logical tensors ({len(weights)} weights, float32) in {len(manifest['files'])} files, "
+        f"{format_bytes(sum(file['bytes'] for file in manifest['files'].values()))}",
+    ]
+    return "\n".join(lines + [f"    {name:<52} {tuple(tensor['shape'])}" for name, tensor in weights.items()])
+
+
+def _tokens(checkpoint: Checkpoint) -> str:
+    return quantity(checkpoint.position.samples * checkpoint.manifest["config"]["data"]["seq_len"])
+
+
+def describe_run(path: Path) -> str:
+    """Where a run stands: its last step, starts, checkpoints and evaluations."""
+    events = [json.loads(line) for line in (path / "ledger.jsonl").read_text().splitlines() if line.endswith("}")]
+    steps = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+    starts = [event for event in events if event["event"] == "start"]
+    lines = [f"run {path}: {len(starts)} start(s), last event: {events[-1]['event'] if events else 'none'}"]
+    if steps:
+        last = steps[-1]
+        lines.append(f"  step {last['step']}: loss {last['loss']:.4f}, {quantity(last['tokens_per_second'])} tok/s")
+    lines += [f"  checkpoint {_state_of(folder)}" for folder in list_committed(path / "checkpoints")]
+    lines += [f"  {_evaluation(event)}" for event in events if event["event"] == "eval"]
+    return "\n".join(lines)
+
+
+def _state_of(folder: Path) -> str:
+    try:
+        problems = verify(read_checkpoint(folder))
+    except ValueError as error:
+        problems = [str(error)]
+    return f"{folder.name}: " + ("damaged: " + "; ".join(problems) if problems else "whole")
+
+
+def _evaluation(event: dict[str, Any]) -> str:
+    measures = ("loss", "perplexity", "accuracy", "accuracy_norm", "chance")
+    figures = ", ".join(f"{name} {event[name]:.3f}" for name in measures if name in event)
+    return f"eval at step {event['step']}: {event['task']}: {figures}"

@@ -1,0 +1,117 @@
+"""What is measured on held-out text: perplexity of documents, and multiple choice."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_dist.data.shards import Shards
+from llama_dist.data.tokenizer import Tokenizer
+from llama_dist.errors import UserError
+from llama_dist.eval.scoring import Replica, Request, Scorer, fit, log_likelihoods
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One multiple-choice item: which of `choices` continues `context`?"""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def load_choices(path: str | Path) -> list[Choice]:
+    """Read a benchmark of JSON lines {"context", "choices", "answer"}. UserError names the line that is broken."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a multiple-choice benchmark: {error}; check eval.choices") from error
+    items = [_choice(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise UserError(f"{path}: holds no items; a multiple-choice benchmark has one JSON object a line")
+    return items
+
+
+def _choice(line: str, where: str) -> Choice:
+    try:
+        record = json.loads(line)
+        item = Choice(record["context"], tuple(record["choices"]), record["answer"])
+        fine = isinstance(item.context, str) and all(isinstance(c, str) and c for c in item.choices)
+        fine = fine and len(item.choices) > 1 and type(item.answer) is int and 0 <= item.answer < len(item.choices)
+    except (ValueError, KeyError, TypeError):
+        fine = False
+    if not fine:
+        raise UserError(
+            f"{where}: is not a multiple-choice item; expected "
+            f'{{"context": text, "choices": [two or more texts], "answer": index of the right one}}'
+        )
+    return item
+
+
+def windows(document: Sequence[int], *, seq_len: int) -> Iterator[Request]:
+    """Cut a document so that every token but its first is scored once, within `seq_len` inputs.
+
+    Each window begins with the last token of the one before (lm-evaluation-harness calls this rolling).
+    """
+    for start in range(0, len(document) - 1, seq_len):
+        yield Request(tuple(document[start : start + seq_len + 1]))
+
+
+def perplexity(
+    scorer: Scorer, shards: Shards, *, seq_len: int, batch: int, replica: Replica, max_samples: int = 0
+) -> dict[str, float]:
+    """Loss in nats per token, and its exponential, over whole held-out documents (the first `max_samples`; 0: all)."""
+    count = min(max_samples or shards.num_documents, shards.num_documents)
+    documents = (shards.document(i).tolist() for i in range(count))
+    requests = [request for document in documents for request in windows(document, seq_len=seq_len)]
+    scored = sum(len(request.tokens) - 1 for request in requests)
+    if not scored:
+        raise UserError("data.heldout: its documents hold no token to score; prepare it from more text")
+    loss = -sum(log_likelihoods(scorer, requests, batch=batch, replica=replica)) / scored
+    return {"documents": count, "tokens": scored, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def multiple_choice(
+    scorer: Scorer,
+    items: Sequence[Choice],
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    batch: int,
+    replica: Replica,
+    max_samples: int = 0,
+) -> dict[str, float]:
+    """How often the right choice has the greatest log-likelihood.
+
+    `accuracy` compares sums, `accuracy_norm` sums divided by the choice's bytes (as lm-evaluation-harness does);
+    `chance` is what guessing gives, `stderr` the standard error of `accuracy`.
+    """
+    items = items[: max_samples or len(items)]
+    requests = [_request(item, i, tokenizer, seq_len) for item in items for i in range(len(item.choices))]
+    scores = iter(log_likelihoods(scorer, requests, batch=batch, replica=replica))
+    right = right_norm = 0
+    for item in items:
+        found = [next(scores) for _ in item.choices]
+        by_byte = [score / len(text.encode()) for score, text in zip(found, item.choices, strict=True)]
+        right += found.index(max(found)) == item.answer
+        right_norm += by_byte.index(max(by_byte)) == item.answer
+    accuracy = right / len(items)
+    return {
+        "items": len(items),
+        "accuracy": accuracy,
+        "accuracy_norm": right_norm / len(items),
+        "stderr": math.sqrt(accuracy * (1 - accuracy) / max(len(items) - 1, 1)),
+        "chance": sum(1 / len(item.choices) for item in items) / len(items),
+    }
+
+
+def _request(item: Choice, choice: int, tokenizer: Tokenizer, seq_len: int) -> Request:
+    """Tokens of context and choice together, scored from where the context's own tokens end."""
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    context = start + tokenizer.encode(item.context)
+    whole = start + tokenizer.encode(item.context + item.choices[choice])
+    # A piece may span the border; the scored part then begins with it, and is never empty.
+    return fit(whole, max(min(len(context), len(whole) - 1), 1), max_len=seq_len + 1)

@@ -1,0 +1,106 @@
+"""A ZeRO rank's part of the training state as (logical name, flat range, float32 master and moments).
+
+DeepSpeed keeps the state in flat buffers that differ by ZeRO stage; this file turns each into views by logical name,
+so that the first draw of the weights, checkpoints and checks read and write the one true copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Elements [start, stop) of the row-major tensor `name`, held by this rank and no other of its `dp` group.
+
+    `master`, `exp_avg` and `exp_avg_sq` are 1-D float32 views of `stop - start` elements into the optimizer's buffers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def read_shares(
+    optimizer: Any, named: dict[str, nn.Parameter], shapes: dict[str, tuple[int, ...]], *, zero: int
+) -> list[Share]:
+    """The rank's shares in model order; parameters of which it holds nothing are left out."""
+    read = _share_of_partition if zero == 3 else _share_of_fragment
+    shares = [read(optimizer, name, parameter, shapes[name]) for name, parameter in named.items()]
+    return [share for share in shares if share is not None]
+
+
+def _share_of_partition(optimizer: Any, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Share | None:
+    """ZeRO-3 gives every rank an equal flat piece of each parameter, the last one padded."""
+    size = parameter.ds_tensor.ds_numel
+    start = min(size * torch.distributed.get_rank(parameter.ds_process_group), parameter.ds_numel)
+    stop = min(start + size, parameter.ds_numel)
+    if start == stop:
+        return None
+    master = safe_get_local_fp32_param(parameter).detach()
+    moments = [safe_get_local_optimizer_state(parameter, key) for key in MOMENTS]
+    return Share(name, shape, start, stop, *(state.narrow(0, 0, stop - start) for state in (master, *moments)))
+
+
+def _share_of_fragment(optimizer: Any, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Share | None:
+    """ZeRO-1 and 2 cut the concatenation of a group's parameters, so a rank holds some whole and one or two in part."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    address, held = mapping.lp_fragment_address, mapping.hp_fragment_address
+    flat = flat_masters(optimizer)[mapping.param_group_index]
+    moments = [optimizer.optimizer.state[flat][key].narrow(0, held.start, held.numel) for key in MOMENTS]
+    return Share(name, shape, address.start, address.start + address.numel, mapping.hp_fragment.detach(), *moments)
+
+
+def flat_masters(optimizer: Any) -> list[Tensor]:
+    """The flat float32 buffers that the inner optimizer updates, whichever class DeepSpeed chose.
+
+    Raises RuntimeError, naming the class, when DeepSpeed no longer has the buffers this project knows.
+    """
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    raise RuntimeError(
+        f"{type(optimizer).__name__} of this DeepSpeed has no flat float32 buffer that llama_dist knows; "
+        f"use deepspeed 0.19.8, or teach llama_dist/pipeline/partitions.py the new name"
+    )
+
+
+def start_optimizer_state(optimizer: Any) -> None:
+    """Zero the step count and moments of AdamW now, so that they can be read and written before the first step."""
+    for flat in flat_masters(optimizer):
+        optimizer.optimizer.state[flat] = {
+            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+            **{key: torch.zeros_like(flat) for key in MOMENTS},
+        }
+
+
+def set_optimizer_step(optimizer: Any, step: int) -> None:
+    """Set AdamW's count of updates, from which it computes its bias correction."""
+    for flat in flat_masters(optimizer):
+        optimizer.optimizer.state[flat]["step"].fill_(step)
+
+
+def refresh_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], *, zero: int) -> None:
+    """Copy the float32 masters into the weights that the forward pass uses. Collective over the `dp` group."""
+    if zero < 3:
+        optimizer.update_lp_params()
+        return
+    for parameter in parameters:
+        parameter.ds_tensor.copy_(safe_get_local_fp32_param(parameter).view_as(parameter.ds_tensor))
+    # Small parameters stay gathered between steps; dropping the copies makes the next forward gather them anew.
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)

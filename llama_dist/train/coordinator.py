@@ -1,0 +1,246 @@
+"""What happens between the steps: restore, decide, save, evaluate, log. Rank 0 writes; every rank decides alike."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.text import Text
+from torch import Tensor
+
+from llama_dist import __version__
+from llama_dist.checkpoint.pieces import Piece, pieces_of_shares
+from llama_dist.checkpoint.store import (
+    Checkpoint,
+    Position,
+    SaveError,
+    clean_leftovers,
+    load_pieces,
+    newest_valid,
+    prune,
+    save_checkpoint,
+)
+from llama_dist.config import RunConfig
+from llama_dist.errors import UserError
+from llama_dist.files import write_file
+from llama_dist.model.cuts import logical_shapes
+from llama_dist.model.init import draw
+from llama_dist.pipeline.engine import StageEngine
+from llama_dist.pipeline.runner import PipelineRunner
+from llama_dist.runtime import Runtime, all_reduce_sum
+from llama_dist.train.evaluation import Evaluation, Results, describe
+from llama_dist.train.ledger import Ledger
+from llama_dist.train.metrics import StepLog
+from llama_dist.train.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient norm is not a number any more; the state is worth nothing and is not saved."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after a step, and the step's loss."""
+
+    loss: float
+    save: bool = False
+    evaluate: bool = False
+    stop: bool = False
+
+
+@dataclass
+class Coordinator:
+    """Holds what the loop needs between steps. `log` and `ledger` are there on the coordinator rank only."""
+
+    run: RunConfig
+    runtime: Runtime
+    engine: StageEngine
+    runner: PipelineRunner
+    evaluation: Evaluation
+    request: StopRequest
+    attempt: int
+    data_fingerprint: str
+    ledger: Ledger | None = None
+    steps_log: StepLog | None = None
+    last_results: Results = field(default_factory=dict)
+    saved_at: int = -1
+    evaluated_at: int = -1
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.folder)
+
+    def pieces(self) -> list[Piece]:
+        """This rank's part of the state as boxes of logical tensors, as views."""
+        coord, layout = self.runtime.coord, self.runtime.layout
+        return pieces_of_shares(
+            self.engine.shares(), logical_shapes(self.run.model), tp=layout.tp, tp_rank=coord.tp
+        )
+
+    def restore(self) -> Position:
+        """Continue from the newest checkpoint that verifies, or draw the initial weights. Collective.
+
+        Raises UserError when there are checkpoints of which none verifies, or the newest is of another run.
+        """
+        group = self.runtime.groups.control
+        if self.ledger:
+            clean_leftovers(self.folder / "checkpoints")
+        checkpoint, passed_over = newest_valid(self.folder / "checkpoints", group=group)
+        for problem in passed_over:
+            self.tell(f"[red]checkpoint passed over:[/] {problem}", "checkpoint_passed_over", problem=problem)
+        if checkpoint is None:
+            self._draw_weights()
+            self.engine.refresh()
+            return Position()
+        check_same_run(checkpoint, self.run, data_fingerprint=self.data_fingerprint)
+        read = load_pieces(checkpoint, self.pieces(), group=group)
+        self.engine.set_step(checkpoint.position.step)
+        self.engine.refresh()
+        self.saved_at = checkpoint.position.step
+        self.tell(f"resumed from {checkpoint.path}", "resume", step=checkpoint.position.step, bytes_read=read)
+        return checkpoint.position
+
+    def _draw_weights(self) -> None:
+        for piece in self.pieces():
+            if piece.name in self.engine.shapes:  # the others are moments, which begin as zeros
+                _draw_piece(piece, self.run)
+
+    def decide(self, position: Position, loss_part: Tensor, grad_norm: float) -> Decision:
+        """The one control collective of a step: what any rank knows, all ranks act on.
+
+        `position` is that after the step, `loss_part` this rank's part of the step's loss. Raises DivergedError.
+        """
+        group = self.runtime.groups.control
+        part, asked = float(loss_part), float(self.request.signal is not None)
+        loss, stops, odd = all_reduce_sum([part, asked, float(not math.isfinite(grad_norm))], group=group)
+        if odd or not math.isfinite(loss):
+            last = position.samples - 1
+            raise DivergedError(
+                f"step {position.step}: loss {loss}, gradient norm {grad_norm}, on samples "
+                f"{position.samples - self.run.train.global_batch}..{last} of the run; nothing was saved since the last "
+                f"checkpoint; lower optim.lr, or look at the data of that step"
+            )
+        ended = position.step >= self.run.train.steps
+        every = self.run.checkpoint.every
+        return Decision(
+            loss=loss,
+            save=bool(ended or stops or (every and position.step % every == 0)),
+            evaluate=bool(ended or (self.run.eval.every and position.step % self.run.eval.every == 0)),
+            stop=bool(stops),
+        )
+
+    def start_clock(self) -> None:
+        """Time the steps from here."""
+        if self.steps_log:
+            self.steps_log.start_clock()
+
+    def record(self, position: Position, *, loss: float, grad_norm: float, lr: float) -> None:
+        """Log a finished step, on the coordinator rank."""
+        if self.steps_log:
+            self.steps_log.record(
+                step=position.step, samples=position.samples, loss=loss, grad_norm=grad_norm, lr=lr
+            )
+
+    def save(self, position: Position) -> None:
+        """Save and prune. Collective. A save that fails is loud and the run goes on with the checkpoints before."""
+        checkpoints = self.folder / "checkpoints"
+        try:
+            if self.ledger:
+                self.ledger.check_newest()
+                checkpoints.mkdir(exist_ok=True)
+            path = save_checkpoint(
+                checkpoints,
+                position,
+                self.pieces(),
+                state=self._state(),
+                attempt=self.attempt,
+                group=self.runtime.groups.control,
+            )
+        except SaveError as error:
+            self.tell(f"[red]{error}[/]", "save_failed", step=position.step, reason=str(error))
+            return
+        self.saved_at = position.step
+        if self.ledger:
+            pruned = [doomed.name for doomed in prune(checkpoints, keep=self.run.checkpoint.keep)]
+            self.tell(f"[dim]saved {path}[/]", "save", step=position.step, pruned=pruned)
+        self.start_clock()
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint says of the run beside its tensors. All randomness is a function of the seeds here."""
+        return {
+            "layout": asdict(self.runtime.layout) | {"zero": self.run.parallel.zero},
+            "data_fingerprint": self.data_fingerprint,
+            "config": self.run.model_dump(mode="json"),
+            "versions": {"llama_dist": __version__, "torch": torch.__version__},
+        }
+
+    def evaluate(self, position: Position) -> None:
+        """Run the configured tasks on all ranks; the coordinator logs and keeps the results. Collective."""
+        self.last_results = self.evaluation(self.runner)
+        self.evaluated_at = position.step
+        self._keep_results(position)
+        self.start_clock()
+
+    def _keep_results(self, position: Position) -> None:
+        if not self.ledger or not self.last_results:
+            return
+        body = {"step": position.step, "samples": position.samples, "results": self.last_results}
+        (self.folder / "evals").mkdir(exist_ok=True)
+        name = f"step-{position.step:08d}.json"
+        write_file(self.folder / "evals" / name, json.dumps(body, indent=1).encode())
+        for task, result in self.last_results.items():
+            self.tell(f"[cyan]eval[/] {describe(task, result)}", "eval", step=position.step, task=task, **result)
+            numbers = {f"eval/{Path(task).stem}/{key}": value for key, value in result.items()}
+            self.steps_log.write(step=position.step, samples=position.samples, **numbers)
+
+    def tell(self, text: str, event: str | None = None, **fields: Any) -> None:
+        """Say a line to the reader, on the coordinator rank, and write an event into the ledger where one is named."""
+        log.info("%s", Text.from_markup(text).plain)
+        if self.ledger:
+            self.steps_log.say(text)
+            if event:
+                self.ledger.write(event, **fields)
+
+
+def _draw_piece(piece: Piece, run: RunConfig) -> None:
+    """Fill a weight's box with its initial values, row by row range: a function of seed, name and element only."""
+    row = math.prod(piece.shape[1:])
+    inner = math.prod(piece.box.shape[1:])
+    if inner == row:
+        start = piece.box.offset[0] * row
+        values = draw(piece.name, piece.shape, seed=run.train.seed, start=start, stop=start + piece.box.numel, config=run.model)
+        piece.data.copy_(values.view(piece.box.shape))
+        return
+    for i in range(piece.box.shape[0]):
+        start = (piece.box.offset[0] + i) * row + piece.box.offset[1]
+        values = draw(piece.name, piece.shape, seed=run.train.seed, start=start, stop=start + inner, config=run.model)
+        piece.data[i].copy_(values)
+
+
+def check_same_run(checkpoint: Checkpoint, run: RunConfig, *, data_fingerprint: str) -> None:
+    """Refuse to continue a checkpoint under a config that would give another model or another order of the data.
+
+    Layout, precision, learning rate, number of steps and evaluation may change; raises UserError naming what may not.
+    """
+    saved = checkpoint.manifest["config"]
+    now = run.model_dump(mode="json")
+    fixed = [("model", key) for key in now["model"]] + [("data", "seq_len"), ("data", "seed"), ("train", "seed")]
+    changed = [
+        f"{section}.{key}: {saved[section].get(key)} then, {now[section][key]} now"
+        for section, key in fixed
+        if saved[section].get(key) != now[section][key]
+    ]
+    if checkpoint.manifest["data_fingerprint"] != data_fingerprint:
+        changed.append("data.train: other shards or weights than then")
+    if changed:
+        raise UserError(
+            f"{checkpoint.path}: was saved by a run with another config; undo the change or take another `folder`. "
+            + "; ".join(changed)
+        )

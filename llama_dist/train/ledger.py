@@ -1,0 +1,68 @@
+"""The run's ledger and its attempts: what happened in which start of the run, append-only across requeues."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_dist.files import sync_folder
+
+
+class TakenOverError(RuntimeError):
+    """Another start of the run has taken over its folder; this one must not write to it any more."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """One start of a run. Every start takes the next attempt number, and only the newest may write (fencing)."""
+
+    folder: Path
+    attempt: int
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one JSON line; flushed to disk, since it is what remains after a crash."""
+        line = {"at": round(time.time(), 3), "attempt": self.attempt, "event": event, **fields}
+        with open(self.folder / "ledger.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def check_newest(self) -> None:
+        """Raise TakenOverError, naming who, when a later attempt has begun."""
+        newest = _attempts(self.folder)[-1]
+        if newest != self.attempt:
+            owner = json.loads(_attempt_file(self.folder, newest).read_text() or "{}")
+            raise TakenOverError(
+                f"{self.folder}: attempt {newest} on host {owner.get('host')} (pid {owner.get('pid')}) has taken over "
+                f"from attempt {self.attempt}; this one stops without saving"
+            )
+
+
+def open_ledger(folder: Path, **fields: Any) -> Ledger:
+    """Take the next attempt number of a run folder and record who holds it, with `fields`."""
+    (folder / "attempts").mkdir(parents=True, exist_ok=True)
+    while True:
+        attempt = (_attempts(folder) or [0])[-1] + 1
+        try:
+            # Exclusive creation: of two runs that start at once, one takes the number and the other the next.
+            with open(_attempt_file(folder, attempt), "x", encoding="utf-8") as file:
+                json.dump({"host": socket.gethostname(), "pid": os.getpid(), "at": time.time(), **fields}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            continue
+        sync_folder(folder / "attempts")
+        return Ledger(folder, attempt)
+
+
+def _attempt_file(folder: Path, attempt: int) -> Path:
+    return folder / "attempts" / f"{attempt:05d}.json"
+
+
+def _attempts(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in (folder / "attempts").glob("*.json") if path.stem.isdigit())

@@ -1,0 +1,212 @@
+"""From a config and a launcher's environment to a finished run: opens everything, trains, closes everything."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llama_dist import __version__
+from llama_dist.checkpoint.store import Position
+from llama_dist.config import RunConfig, dump_config, fit_layout
+from llama_dist.data.loader import Loader
+from llama_dist.data.shards import Shards
+from llama_dist.eval.scoring import Replica
+from llama_dist.files import write_file
+from llama_dist.model.cuts import flops_per_token, num_parameters
+from llama_dist.pipeline.engine import StageEngine, build_monitor
+from llama_dist.pipeline.runner import PipelineRunner
+from llama_dist.pipeline.stage import build_stage
+from llama_dist.runtime import Runtime, pick_device, read_environment, start_runtime, stop_runtime
+from llama_dist.train.coordinator import Coordinator
+from llama_dist.train.evaluation import Evaluation
+from llama_dist.train.ledger import Ledger, open_ledger
+from llama_dist.train.loop import train
+from llama_dist.train.metrics import StepLog, duration, peak_tflops, quantity
+from llama_dist.train.signals import StopRequest, stop_request
+
+log = logging.getLogger("llama_dist")
+
+EXIT_DONE = 0
+EXIT_STOPPED = 75  # asked to stop, saved, not finished: launchers start the run again on this status
+
+
+def run_training(run: RunConfig) -> int:
+    """Train `run` on this rank of whatever launcher started it; returns the process's exit status.
+
+    Raises UserError, before any process group is made, where config, layout, files and machine do not go together.
+    """
+    environment = read_environment()
+    layout = fit_layout(run, environment.world_size)
+    device = pick_device(environment, run.train.device)
+    coord = layout.coord(environment.rank)
+    loader = Loader(
+        run.data,
+        vocab_size=run.model.vocab_size,
+        global_batch=run.train.global_batch,
+        micro_batch=run.parallel.micro_batch,
+        dp=layout.dp,
+        dp_rank=coord.dp,
+    )
+    start_log(Path(run.folder), environment.rank)
+    runtime = start_runtime(environment, layout, device=device, timeout_seconds=run.train.timeout_seconds)
+    try:
+        with stop_request() as request:
+            return _train(run, runtime, loader, request)
+    finally:
+        stop_runtime()
+
+
+def start_log(folder: Path, rank: int) -> None:
+    """Send this rank's log, and all that a rank but the first prints, to `logs/rank-NNNNN.log` in the run folder."""
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    path = folder / "logs" / f"rank-{rank:05d}.log"
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    log.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    if rank > 0:
+        # Libraries print from every rank; a reader wants each line once. Errors still reach the launcher's stderr.
+        sys.stdout.flush()
+        with open(path, "a") as file:
+            os.dup2(file.fileno(), sys.stdout.fileno())
+
+
+def _train(run: RunConfig, runtime: Runtime, loader: Loader, request: StopRequest) -> int:
+    started_at = time.perf_counter()
+    dtype = precision_of(run, runtime.device)
+    replica = Replica(
+        group=runtime.groups.control,
+        dp=runtime.layout.dp,
+        dp_rank=runtime.coord.dp,
+        reports=runtime.coord.tp == 0 and runtime.coord.pp == runtime.layout.pp - 1,
+    )
+    evaluation = Evaluation(run, replica=replica)
+    ledger, attempt = _open_folder(run, runtime)
+    stage = build_stage(
+        run.model,
+        pp=runtime.layout.pp,
+        pp_rank=runtime.coord.pp,
+        activation_checkpointing=run.parallel.activation_checkpointing,
+    )
+    engine = StageEngine(stage, run, runtime, dtype=dtype)
+    runner = PipelineRunner(engine, runtime, schedule=run.parallel.schedule)
+    coordinator = Coordinator(
+        run=run,
+        runtime=runtime,
+        engine=engine,
+        runner=runner,
+        evaluation=evaluation,
+        request=request,
+        attempt=attempt,
+        data_fingerprint=loader.fingerprint,
+        ledger=ledger,
+        steps_log=_open_steps_log(run, runtime, dtype, attempt) if ledger else None,
+    )
+    if ledger:
+        coordinator.steps_log.say(_heading(run, runtime, dtype))
+    begun = coordinator.restore()
+    if begun.step >= run.train.steps:
+        coordinator.tell(f"the run is finished: it stands at step {begun.step} of {run.train.steps}; nothing to do")
+        return EXIT_DONE
+    position = train(
+        run, engine=engine, runner=runner, loader=loader, coordinator=coordinator, position=begun
+    )
+    return _finish(run, coordinator, begun, position, time.perf_counter() - started_at)
+
+
+def precision_of(run: RunConfig, device: torch.device) -> torch.dtype:
+    """The type that forward and backward compute in; weights and moments are kept in float32 whatever it is."""
+    auto = "bf16" if device.type == "cuda" else "fp32"
+    wanted = auto if run.train.precision == "auto" else run.train.precision
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+
+
+def _open_folder(run: RunConfig, runtime: Runtime) -> tuple[Ledger | None, int]:
+    """Take the next attempt number on the coordinator and tell it to all. Collective."""
+    box: list[int | None] = [None]
+    ledger = None
+    if runtime.is_coordinator:
+        folder = Path(run.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "config.yaml", dump_config(run).encode())
+        versions = {"llama_dist": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+        ledger = open_ledger(folder, config=run.model_dump(mode="json"), versions=versions)
+        ledger.write(
+            "start",
+            launcher=runtime.environment.launcher,
+            layout=asdict(runtime.layout),
+            zero=run.parallel.zero,
+            device=str(runtime.device),
+        )
+        box = [ledger.attempt]
+    dist.broadcast_object_list(box, src=0, group=runtime.groups.control)
+    return ledger, box[0]
+
+
+def _open_steps_log(run: RunConfig, runtime: Runtime, dtype: torch.dtype, attempt: int) -> StepLog:
+    peak = peak_tflops(runtime.device, dtype, configured=run.metrics.peak_tflops)
+    return StepLog(
+        Path(run.folder),
+        steps=run.train.steps,
+        tokens_per_step=run.train.global_batch * run.data.seq_len,
+        flops_per_token=flops_per_token(run.model, run.data.seq_len),
+        peak_flops=peak * 1e12 * runtime.layout.world,
+        device=runtime.device,
+        monitor=build_monitor(Path(run.folder), enabled=run.metrics.tensorboard),
+        attempt=attempt,
+    )
+
+
+def _heading(run: RunConfig, runtime: Runtime, dtype: torch.dtype) -> str:
+    layout, precision = runtime.layout, str(dtype).removeprefix("torch.")
+    tokens = run.train.steps * run.train.global_batch * run.data.seq_len
+    return (
+        f"[bold]{run.name}[/]: {quantity(num_parameters(run.model))} parameters on {layout.world} x "
+        f"{runtime.device.type} ({precision}), started by {runtime.environment.launcher}; dp {layout.dp}, tp "
+        f"{layout.tp}, pp {layout.pp}, ZeRO-{run.parallel.zero}, activation checkpointing "
+        f"{run.parallel.activation_checkpointing}\n{run.train.steps} steps of {run.train.global_batch} sequences of "
+        f"{run.data.seq_len} tokens ({quantity(tokens)} in all)"
+    )
+
+
+def _finish(run: RunConfig, coordinator: Coordinator, begun: Position, position: Position, seconds: float) -> int:
+    """Say how the run ended and where everything lies."""
+    finished = position.step >= run.train.steps
+    trained = quantity((position.samples - begun.samples) * run.data.seq_len)
+    if finished:
+        coordinator.tell(f"[bold]finished[/]: {trained} tokens in {duration(seconds)}", "finish", step=position.step)
+    else:
+        name = coordinator.request.signal.name if coordinator.request.signal else "another rank's request"
+        coordinator.tell(
+            f"[bold]stopped[/] by {name} at step {position.step} of {run.train.steps}; the same command goes on",
+            "stop",
+            step=position.step,
+        )
+    entropy = unigram_entropy(run)
+    if finished and entropy is not None and "heldout" in coordinator.last_results:
+        loss = coordinator.last_results["heldout"]["loss"]
+        coordinator.tell(
+            f"held-out loss {loss:.3f} nats/token; a model that knows only token frequencies has {entropy:.3f} "
+            f"(the corpus's unigram entropy)"
+        )
+    coordinator.tell(
+        f"run folder: {run.folder} (config.yaml, metrics.jsonl, ledger.jsonl, checkpoints/, evals/, logs/, tensorboard/)"
+    )
+    if coordinator.saved_at != position.step:
+        coordinator.tell(f"[red]the last save failed; the newest checkpoint is that of step {coordinator.saved_at}[/]")
+        return 1
+    return EXIT_DONE if finished else EXIT_STOPPED
+
+
+def unigram_entropy(run: RunConfig) -> float | None:
+    """Nats per token of a model that knows only how often each token occurs: what a real one must beat."""
+    manifest = Shards(run.data.train[0].shards).manifest
+    return None if manifest is None else manifest.unigram_entropy
