@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from llama_dist import __version__
-from llama_dist.errors import UserError
+from llama_dist.errors import RunError, UserError
 
 # The modules are imported by name when they are chosen: torch and deepspeed take seconds, --help must not.
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "let a checkpoint write",
     "inspect": "say what a run, a checkpoint or a shard directory holds",
 }
+EXIT_RUN_ERROR = 1
 EXIT_USER_ERROR = 2
 
 
@@ -35,15 +36,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     args = parser.parse_args(argv[1:])
     try:
-        return command.run(args)
-    except UserError as error:
-        # Every rank finds the same mistake; a reader wants to be told once.
-        if os.environ.get("RANK", "0") == "0":
+        status = command.run(args)
+        sys.stdout.flush()
+        return status
+    except (UserError, RunError) as error:
+        if _speaks():
             print(f"llama-dist {argv[0]}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_ERROR
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing more may be written there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_RUN_ERROR
     except KeyboardInterrupt:
         print(f"llama-dist {argv[0]}: interrupted", file=sys.stderr)
         return 130
+
+
+def _speaks() -> bool:
+    """Whether this process is the first rank of its launcher: all ranks find a mistake, a reader is told once."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _overview() -> argparse.ArgumentParser:

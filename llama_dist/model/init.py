@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llama_dist.boxes import Box
 from llama_dist.config import ModelConfig
 
 _BLOCK = 4  # 64-bit words per step of Philox's counter
@@ -35,6 +36,22 @@ def draw(
     for first, last in _ranges(start, stop, _CHUNK):
         np.multiply(_normal(key, first, last), std, out=out[first - start : last - start], casting="same_kind")
     return torch.from_numpy(out)
+
+
+def draw_box(
+    name: str, shape: tuple[int, ...], box: Box, *, seed: int, config: ModelConfig
+) -> torch.Tensor:
+    """The elements of one box of the logical tensor, of shape `box.shape`; see `draw`."""
+    out = torch.empty(box.shape)
+    whole_rows = box.shape[1:] == shape[1:]
+    row, width = math.prod(shape[1:]), math.prod(box.shape[1:])
+    rows_at_once = box.shape[0] if whole_rows else 1
+    flat = out.view(-1)
+    for i in range(0, box.shape[0], rows_at_once):
+        start = (box.offset[0] + i) * row + (0 if whole_rows else box.offset[1])
+        count = rows_at_once * width
+        flat[i * width : i * width + count] = draw(name, shape, seed=seed, start=start, stop=start + count, config=config)
+    return out
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float:

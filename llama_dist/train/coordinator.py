@@ -26,10 +26,10 @@ from llama_dist.checkpoint.store import (
     save_checkpoint,
 )
 from llama_dist.config import RunConfig
-from llama_dist.errors import UserError
+from llama_dist.errors import RunError, UserError
 from llama_dist.files import write_file
 from llama_dist.model.cuts import logical_shapes
-from llama_dist.model.init import draw
+from llama_dist.model.init import draw_box
 from llama_dist.pipeline.engine import StageEngine
 from llama_dist.pipeline.runner import PipelineRunner
 from llama_dist.runtime import Runtime, all_reduce_sum
@@ -39,10 +39,6 @@ from llama_dist.train.metrics import StepLog
 from llama_dist.train.signals import StopRequest
 
 log = logging.getLogger(__name__)
-
-
-class DivergedError(RuntimeError):
-    """The loss or the gradient norm is not a number any more; the state is worth nothing and is not saved."""
 
 
 @dataclass(frozen=True)
@@ -110,31 +106,43 @@ class Coordinator:
     def _draw_weights(self) -> None:
         for piece in self.pieces():
             if piece.name in self.engine.shapes:  # the others are moments, which begin as zeros
-                _draw_piece(piece, self.run)
+                piece.data.copy_(draw_box(piece.name, piece.shape, piece.box, seed=self.run.train.seed, config=self.run.model))
 
     def decide(self, position: Position, loss_part: Tensor, grad_norm: float) -> Decision:
         """The one control collective of a step: what any rank knows, all ranks act on.
 
-        `position` is that after the step, `loss_part` this rank's part of the step's loss. Raises DivergedError.
+        `position` is that after the step, `loss_part` this rank's part of the step's loss. Raises RunError when the
+        loss or the gradient norm is no number (the state is worth nothing and is not saved), or when another start
+        has taken the run over.
         """
-        group = self.runtime.groups.control
-        part, asked = float(loss_part), float(self.request.signal is not None)
-        loss, stops, odd = all_reduce_sum([part, asked, float(not math.isfinite(grad_norm))], group=group)
+        successor = self.ledger.successor() if self.ledger else None
+        known = [self.request.signal is not None, not math.isfinite(grad_norm), successor is not None]
+        loss, asked, odd, fenced = all_reduce_sum(
+            [float(loss_part), *map(float, known)], group=self.runtime.groups.control
+        )
+        if fenced:
+            raise RunError(f"{self.folder}: {successor or 'a later attempt'} has taken over; this one stops unsaved")
         if odd or not math.isfinite(loss):
-            last = position.samples - 1
-            raise DivergedError(
-                f"step {position.step}: loss {loss}, gradient norm {grad_norm}, on samples "
-                f"{position.samples - self.run.train.global_batch}..{last} of the run; nothing was saved since the last "
-                f"checkpoint; lower optim.lr, or look at the data of that step"
-            )
+            raise RunError(self._diverged(position, loss, grad_norm))
         ended = position.step >= self.run.train.steps
         every = self.run.checkpoint.every
         return Decision(
             loss=loss,
-            save=bool(ended or stops or (every and position.step % every == 0)),
+            save=bool(ended or asked or (every and position.step % every == 0)),
             evaluate=bool(ended or (self.run.eval.every and position.step % self.run.eval.every == 0)),
-            stop=bool(stops),
+            stop=bool(asked),
         )
+
+    def _diverged(self, position: Position, loss: float, grad_norm: float) -> str:
+        first = position.samples - self.run.train.global_batch
+        text = (
+            f"step {position.step}: loss {loss}, gradient norm {grad_norm}, on samples {first} to "
+            f"{position.samples - 1} of the run; the state is not saved, the newest checkpoint is that of step "
+            f"{max(self.saved_at, 0)}; lower optim.lr, or look at the data of that step"
+        )
+        if self.ledger:
+            self.ledger.write("diverged", step=position.step, samples=[first, position.samples], reason=text)
+        return text
 
     def start_clock(self) -> None:
         """Time the steps from here."""
@@ -153,7 +161,6 @@ class Coordinator:
         checkpoints = self.folder / "checkpoints"
         try:
             if self.ledger:
-                self.ledger.check_newest()
                 checkpoints.mkdir(exist_ok=True)
             path = save_checkpoint(
                 checkpoints,
@@ -207,21 +214,6 @@ class Coordinator:
             self.steps_log.say(text)
             if event:
                 self.ledger.write(event, **fields)
-
-
-def _draw_piece(piece: Piece, run: RunConfig) -> None:
-    """Fill a weight's box with its initial values, row by row range: a function of seed, name and element only."""
-    row = math.prod(piece.shape[1:])
-    inner = math.prod(piece.box.shape[1:])
-    if inner == row:
-        start = piece.box.offset[0] * row
-        values = draw(piece.name, piece.shape, seed=run.train.seed, start=start, stop=start + piece.box.numel, config=run.model)
-        piece.data.copy_(values.view(piece.box.shape))
-        return
-    for i in range(piece.box.shape[0]):
-        start = (piece.box.offset[0] + i) * row + piece.box.offset[1]
-        values = draw(piece.name, piece.shape, seed=run.train.seed, start=start, stop=start + inner, config=run.model)
-        piece.data[i].copy_(values)
 
 
 def check_same_run(checkpoint: Checkpoint, run: RunConfig, *, data_fingerprint: str) -> None:

@@ -13,10 +13,6 @@ from typing import Any
 from llama_dist.files import sync_folder
 
 
-class TakenOverError(RuntimeError):
-    """Another start of the run has taken over its folder; this one must not write to it any more."""
-
-
 @dataclass(frozen=True)
 class Ledger:
     """One start of a run. Every start takes the next attempt number, and only the newest may write (fencing)."""
@@ -32,15 +28,13 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
-    def check_newest(self) -> None:
-        """Raise TakenOverError, naming who, when a later attempt has begun."""
+    def successor(self) -> str | None:
+        """Who has begun a later attempt of this run and so has taken it over, or None."""
         newest = _attempts(self.folder)[-1]
-        if newest != self.attempt:
-            owner = json.loads(_attempt_file(self.folder, newest).read_text() or "{}")
-            raise TakenOverError(
-                f"{self.folder}: attempt {newest} on host {owner.get('host')} (pid {owner.get('pid')}) has taken over "
-                f"from attempt {self.attempt}; this one stops without saving"
-            )
+        if newest == self.attempt:
+            return None
+        owner = json.loads(_attempt_file(self.folder, newest).read_text() or "{}")
+        return f"attempt {newest} on host {owner.get('host')} (pid {owner.get('pid')})"
 
 
 def open_ledger(folder: Path, **fields: Any) -> Ledger:

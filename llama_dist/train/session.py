@@ -17,6 +17,7 @@ from llama_dist.checkpoint.store import Position
 from llama_dist.config import RunConfig, dump_config, fit_layout
 from llama_dist.data.loader import Loader
 from llama_dist.data.shards import Shards
+from llama_dist.errors import RunError, UserError
 from llama_dist.eval.scoring import Replica
 from llama_dist.files import write_file
 from llama_dist.model.cuts import flops_per_token, num_parameters
@@ -59,6 +60,12 @@ def run_training(run: RunConfig) -> int:
     try:
         with stop_request() as request:
             return _train(run, runtime, loader, request)
+    except Exception as error:
+        # The log file has the whole story of each rank; a launcher mixes the ranks' stderr into one stream.
+        log.exception("rank %d failed", runtime.rank)
+        if not isinstance(error, (UserError, RunError)):
+            print(f"llama-dist train: rank {runtime.rank} {runtime.coord} failed: {error!r}", file=sys.stderr)
+        raise
     finally:
         stop_runtime()
 
