@@ -7,11 +7,12 @@ import os
 import shlex
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,10 +156,11 @@ def _encode_all(
         yield from (_encode(tokenizer, batch) for batch in batches)
         return
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(path,)
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
     )
     try:
-        yield from _in_order(pool.submit, batches, ahead=2 * workers)
+        encoding = (pool.submit(_encode_in_worker, path, batch) for batch in batches)
+        yield from _in_order(encoding, ahead=2 * workers)
     except BrokenProcessPool as error:
         raise UserError(
             "prepare: a worker process died, most likely because memory ran out; use fewer --workers, or smaller files"
@@ -167,16 +169,11 @@ def _encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_order(
-    submit: Callable[[Callable[[list[str]], Encoded], list[str]], Future[Encoded]],
-    batches: Iterator[list[str]],
-    *,
-    ahead: int,
-) -> Iterator[Encoded]:
+def _in_order(encoding: Iterator[Future[Encoded]], *, ahead: int) -> Iterator[Encoded]:
     """Results in the order of the batches, with at most `ahead` of them in the works: this bounds the memory."""
     waiting: deque[Future[Encoded]] = deque()
-    for batch in batches:
-        waiting.append(submit(_encode_in_worker, batch))
+    for future in encoding:
+        waiting.append(future)
         if len(waiting) >= ahead:
             yield waiting.popleft().result()
     while waiting:
@@ -190,16 +187,17 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
     return Encoded(np.concatenate(documents), lengths, sum(len(text.encode()) for text in texts))
 
 
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(path: str) -> None:
+def _start_worker() -> None:
     """Ctrl-C reaches the whole process group; the parent alone answers it."""
-    global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = load_tokenizer(path)
 
 
-def _encode_in_worker(texts: list[str]) -> Encoded:
-    return _encode(_worker_tokenizer, texts)
+def _encode_in_worker(path: str, texts: list[str]) -> Encoded:
+    return _encode(_tokenizer_of_worker(path), texts)
+
+
+@cache
+def _tokenizer_of_worker(path: str) -> Tokenizer:
+    """Loaded with the first batch of a worker and kept for the others."""
+    return load_tokenizer(path)

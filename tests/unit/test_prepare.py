@@ -117,7 +117,7 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
 
 
-def die(texts: list[str]) -> None:
+def die(path: str, texts: list[str]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
