@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,6 +105,33 @@ def _environment(env: Mapping[str, str], launcher: str, rank: str, world: str, l
     )
 
 
+def has_gpu() -> bool:
+    """Whether this machine shows at least one GPU to this process."""
+    return torch.cuda.is_available()
+
+
+def best_device() -> torch.device:
+    """For work in one process: a GPU where there is one."""
+    return torch.device("cuda" if has_gpu() else "cpu")
+
+
+def backend_of(device: torch.device) -> str:
+    """What collectives on tensors of a device run on."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of a GPU; "cpu" for the host."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def pick_device(environment: Environment, wanted: str) -> torch.device:
     """The device of this rank; `wanted` is "auto" (a GPU where there is one), "cpu" or "cuda"."""
     have = torch.cuda.device_count()
@@ -133,7 +161,7 @@ def start_runtime(environment: Environment, layout: Layout, *, device: torch.dev
         rendezvous = {"store": dist.HashStore()}
     if not dist.is_initialized():
         dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
+            backend=backend_of(device),
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from llama_dist.boxes import Box
 from llama_dist.checkpoint.pieces import Piece
 from llama_dist.checkpoint.store import MANIFEST, Checkpoint, load_pieces, newest_valid, read_checkpoint, verify
@@ -51,8 +49,3 @@ def load_model(checkpoint: Checkpoint) -> Llama:
         pieces.append(Piece(name, shape, Box((0,) * len(shape), shape), parameter.detach()))
     load_pieces(checkpoint, pieces, group=None)
     return model.eval()
-
-
-def best_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

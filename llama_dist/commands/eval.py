@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from llama_dist.checkpoint.whole import best_device, config_of, find_checkpoint, load_model
+from llama_dist.checkpoint.whole import config_of, find_checkpoint, load_model
 from llama_dist.config import RunConfig, build_config
 from llama_dist.errors import UserError
 from llama_dist.eval.scoring import PlainScorer, Replica
+from llama_dist.runtime import best_device
 from llama_dist.train.evaluation import Evaluation, describe
 
 DESCRIPTION = """\

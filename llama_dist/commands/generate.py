@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llama_dist.checkpoint.whole import best_device, config_of, find_checkpoint, load_model
+from llama_dist.checkpoint.whole import config_of, find_checkpoint, load_model
 from llama_dist.data.tokenizer import Tokenizer, load_tokenizer
 from llama_dist.errors import UserError
 from llama_dist.generate import generate
 from llama_dist.model.hf import load_hf_model
 from llama_dist.model.llama import Llama
+from llama_dist.runtime import best_device
 
 DESCRIPTION = """\
 Continue a prompt with a checkpoint's model, in one process. Without options the likeliest token is taken at each place

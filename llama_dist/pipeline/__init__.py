@@ -2,8 +2,8 @@
 
 import os
 
-import torch
+from llama_dist.runtime import has_gpu
 
 # DeepSpeed chooses its accelerator while it is imported, and without a GPU warns about it on every rank.
-if not torch.cuda.is_available():
+if not has_gpu():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -25,7 +25,7 @@ from llama_dist.pipeline.partitions import (
     start_optimizer_state,
 )
 from llama_dist.pipeline.stage import Stage, materialise_, materialise_module_
-from llama_dist.runtime import Groups, Runtime
+from llama_dist.runtime import Groups, Runtime, backend_of
 
 MAX_BUCKET = 200_000_000  # elements; DeepSpeed's own default of 5e8 costs 2 GB of float32 on every rank
 
@@ -134,8 +134,7 @@ def prepare_deepspeed(runtime: Runtime) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # The CPU shared-memory op hangs across nodes, can segfault, and costs a compiler run: DESIGN section 9.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if runtime.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend_of(runtime.device), auto_mpi_discovery=False, verbose=False)
 
 
 def num_elements(stage: Stage) -> int:

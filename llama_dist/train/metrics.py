@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections import deque
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
+
+from llama_dist.runtime import device_name, peak_memory_bytes
 
 GIB = 2**30
 
@@ -35,7 +36,7 @@ def peak_tflops(device: torch.device, dtype: torch.dtype, *, configured: float |
     if configured is not None:
         return configured
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        name = device_name(device)
         known = [rate for part, rate in PEAK_TFLOPS.items() if part in name]
         if known and dtype == torch.bfloat16:
             return known[0]
@@ -51,13 +52,6 @@ def _measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 1024)
         float((a @ a).sum())
         seconds.append(time.perf_counter() - started_at)
     return 2 * size**3 / min(seconds) / 1e12
-
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank: allocated on the GPU, or resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def duration(seconds: float) -> str:
@@ -115,7 +109,7 @@ class StepLog:
         self._recent.append(seconds)
         rate = self._tokens / seconds
         mfu = self._flops_per_token * rate / self._peak_flops
-        memory = memory_gib(self._device)
+        memory = peak_memory_bytes(self._device) / GIB
         eta = duration(median(self._recent) * (self._steps - step))
         fields = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens_per_second": round(rate, 1)}
         fields |= {"mfu": round(mfu, 4), "memory_gib": round(memory, 3), "step_seconds": round(seconds, 4)}
