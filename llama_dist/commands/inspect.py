@@ -95,6 +95,6 @@ def _state_of(folder: Path) -> str:
 
 
 def _evaluation(event: dict[str, Any]) -> str:
-    measures = ("loss", "perplexity", "accuracy", "accuracy_norm", "chance")
+    measures = ("loss", "perplexity", "accuracy", "accuracy_norm", "accuracy_mutual_info", "chance")
     figures = ", ".join(f"{name} {event[name]:.3f}" for name in measures if name in event)
     return f"eval at step {event['step']}: {event['task']}: {figures}"

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import Any
 
 from llama_dist.data.documents import Document
 
-CONTEXT = (300, 400)
-CONTINUATION = (100, 150)
-MIN_LETTERS = 0.5
-LONG_LINE = 30
+CONTEXT = 320  # characters
+CONTINUATION = 100
 NUM_DISTRACTORS = 3
+PASSAGES = 60  # of a document, at most
+MIN_LETTERS = 0.6
+LONG_LINE = 30
+ORDER = 4  # characters in an n-gram of the surprise
+TRAIN_CHARACTERS = 2_000_000  # of a kind, that n-grams are counted on
 
-Passage = tuple[str, str, str]
-"""(document id, context, continuation)."""
+
+@dataclass(frozen=True)
+class Passage:
+    """A place in a held-out document; `surprise` is what the continuation costs without its context."""
+
+    document: str
+    context: str
+    continuation: str
+    surprise: float
 
 
 def make_choices(
@@ -23,100 +37,75 @@ def make_choices(
 ) -> list[dict[str, Any]]:
     """At most `count` items `{"context", "choices" (4), "answer"}` of the held-out documents of each kind.
 
-    Contexts end with a newline and continuations begin a line, so the tokens of the two do not run into each other.
-    Distractors are passages of other held-out documents of the same kind, as long to the character, ending at
-    whitespace too, and indented alike where possible. No passage has a long line that train has. The place of the
-    answer is even over 0..3.
+    A context ends before a space inside a line, and all continuations begin with one, so that their tokens do not run
+    into each other. Distractors come from other held-out documents of the same kind, are as long to the character, and
+    of all such those that are about as likely by themselves (by character n-grams of train), so that only the context
+    tells the answer. No passage has a long line that train has. The place of the answer is even over 0..3.
     """
     known = {line for documents in train.values() for d in documents for line in _long_lines(d.text)}
     items: list[tuple[Passage, list[str]]] = []
     smallest_first = sorted(heldout.items(), key=lambda item: sum(len(d.text) for d in item[1]))
-    for i, (_, documents) in enumerate(smallest_first):
+    for i, (kind, documents) in enumerate(smallest_first):
         wanted = (count - len(items)) // (len(heldout) - i)
-        used = {context for (_, context, _), _ in items}
-        items += _items_of_kind(documents, known, wanted=wanted, used=used)
-    items.sort(key=lambda item: _hash(item[0][1]))
-    return [_row(item, answer=i % (NUM_DISTRACTORS + 1)) for i, item in enumerate(items)]
+        surprise = _surprise_of("".join(d.text for d in train.get(kind, ()))[:TRAIN_CHARACTERS])
+        used = {passage.context for passage, _ in items}
+        pools = [[p for p in _passages(d, known, surprise) if p.context not in used] for d in documents]
+        items += _items(pools)[:wanted]
+    items.sort(key=lambda item: _hash(item[0].context))
+    return [_row(*item, answer=i % (NUM_DISTRACTORS + 1)) for i, item in enumerate(items)]
 
 
-def _row(item: tuple[Passage, list[str]], *, answer: int) -> dict[str, Any]:
-    (_, context, continuation), distractors = item
-    choices = [*distractors[:answer], continuation, *distractors[answer:]]
-    return {"context": context, "choices": choices, "answer": answer}
+def _row(passage: Passage, distractors: list[str], *, answer: int) -> dict[str, Any]:
+    choices = [*distractors[:answer], passage.continuation, *distractors[answer:]]
+    return {"context": passage.context, "choices": choices, "answer": answer}
 
 
-def _items_of_kind(
-    documents: Sequence[Document], known: set[str], *, wanted: int, used: set[str]
-) -> Iterator[tuple[Passage, list[str]]]:
-    """Passages with their distractors, taken in turn from all documents; `used` contexts are passed over."""
-    line_starts = {d.id: [i + 1 for i, c in enumerate(d.text) if c == "\n"] for d in documents}
-    queues = [list(_passages(d, line_starts[d.id], known)) for d in documents]
-    turns = [queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue)]
-    found = 0
+def _items(pools: Sequence[Sequence[Passage]]) -> list[tuple[Passage, list[str]]]:
+    """Passages with their distractors, taken in turn from all documents."""
+    everything = [passage for pool in pools for passage in pool]
+    turns = (passage for row in zip_longest(*pools) for passage in row if passage is not None)
+    items, contexts = [], set()
     for passage in turns:
-        if found == wanted:
-            return
-        distractors = _distractors(passage, documents, line_starts, known)
-        if distractors and passage[1] not in used:
-            found += 1
-            used.add(passage[1])
-            yield passage, distractors
+        nearest = sorted(
+            (other for other in everything if other.document != passage.document),
+            key=lambda other: (abs(other.surprise - passage.surprise), _hash(other.context)),
+        )
+        texts = list(dict.fromkeys(other.continuation for other in nearest[: 4 * NUM_DISTRACTORS]))
+        distractors = [text for text in texts if text != passage.continuation][:NUM_DISTRACTORS]
+        if len(distractors) == NUM_DISTRACTORS and passage.context not in contexts:
+            contexts.add(passage.context)
+            items.append((passage, distractors))
+    return items
 
 
-def _passages(document: Document, line_starts: Sequence[int], known: set[str]) -> Iterator[Passage]:
-    """Passages of a document that do not overlap, in the order of their hashes."""
-    passages, free_from = [], 0
-    for start in line_starts:
-        begin = next((s for s in (0, *line_starts) if start - CONTEXT[1] <= s <= start - CONTEXT[0]), None)
-        if begin is None or begin < free_from:
-            continue
-        context = document.text[begin:start]
-        length = _length_to_space(document.text, start)
-        continuation = document.text[start : start + length]
-        if length and _is_telling(continuation, known) and _is_telling(context, set()):
-            passages.append((document.id, context, continuation))
-            free_from = start + length
-    return iter(sorted(passages, key=lambda p: _hash(p[1])))
+def _passages(document: Document, known: set[str], surprise: Callable[[str], float]) -> list[Passage]:
+    """Some passages of a document that do not overlap, in the order of their hashes."""
+    text, passages, free_from = document.text, [], 0
+    for start in _starts(text):
+        context, continuation = text[start - CONTEXT : start], text[start : start + CONTINUATION]
+        if start - CONTEXT >= free_from and _is_telling(continuation, known) and _is_telling(context, set()):
+            passages.append(Passage(document.id, context, continuation, surprise(continuation)))
+            free_from = start + CONTINUATION
+    return sorted(passages, key=lambda p: _hash(p.context))[:PASSAGES]
 
 
-def _length_to_space(text: str, start: int) -> int:
-    """How long the continuation is that ends before the last whitespace it may end at; 0 where there is none."""
-    for length in range(CONTINUATION[1], CONTINUATION[0] - 1, -1):
-        if _ends_well(text, start, length):
-            return length
-    return 0
+def _starts(text: str) -> Iterator[int]:
+    """Places between two words of a line with room for a context before and a continuation behind."""
+    for i in range(CONTEXT, len(text) - CONTINUATION):
+        if text[i] == " " and text[i - 1].isalnum() and text[i + 1].isalnum():
+            yield i
 
 
-def _ends_well(text: str, start: int, length: int) -> bool:
-    stop = start + length
-    return stop < len(text) and text[stop].isspace() and not text[stop - 1].isspace()
+def _surprise_of(text: str) -> Callable[[str], float]:
+    """The cost in nats of a passage under a character n-gram model of `text`, smoothed by a constant."""
+    whole = Counter(text[i : i + ORDER] for i in range(len(text) - ORDER + 1))
+    prefix = Counter(text[i : i + ORDER - 1] for i in range(len(text) - ORDER + 1))
 
+    def surprise(passage: str) -> float:
+        grams = (passage[i : i + ORDER] for i in range(len(passage) - ORDER + 1))
+        return -sum(math.log((whole[gram] + 0.05) / (prefix[gram[:-1]] + 5.0)) for gram in grams)
 
-def _distractors(
-    passage: Passage, documents: Sequence[Document], line_starts: Mapping[str, Sequence[int]], known: set[str]
-) -> list[str]:
-    """Three passages of other documents, of as many different ones as there are; none where three cannot be found."""
-    name, context, continuation = passage
-    length, indent = len(continuation), _indent(continuation)
-    others = sorted((d for d in documents if d.id != name), key=lambda d: _hash(context + d.id))
-    found: list[str] = []
-    for same_indent in (True, False):
-        for _ in range(NUM_DISTRACTORS):
-            for document in others:
-                if len(found) == NUM_DISTRACTORS:
-                    return found
-                starts = sorted(line_starts[document.id], key=lambda s: _hash(f"{s}{context}"))
-                fitting = (
-                    document.text[s : s + length] for s in starts if _ends_well(document.text, s, length)
-                )
-                wanted = (
-                    t for t in fitting
-                    if t not in found and (not same_indent or _indent(t) == indent) and _is_telling(t, known)
-                )  # fmt: skip
-                text = next(wanted, None)
-                if text is not None:
-                    found.append(text)
-    return found if len(found) == NUM_DISTRACTORS else []
+    return surprise
 
 
 def _is_telling(text: str, known: set[str]) -> bool:
@@ -128,10 +117,6 @@ def _is_telling(text: str, known: set[str]) -> bool:
 def _long_lines(text: str) -> Iterator[str]:
     lines = (line.strip() for line in text.split("\n"))
     return (line for line in lines if len(line) >= LONG_LINE)
-
-
-def _indent(text: str) -> int:
-    return len(text) - len(text.lstrip())
 
 
 def _hash(text: str) -> bytes:

@@ -84,34 +84,45 @@ def multiple_choice(
     replica: Replica,
     max_samples: int = 0,
 ) -> dict[str, float]:
-    """How often the right choice has the greatest log-likelihood.
+    """How often the right choice scores best, by three scores that lm-evaluation-harness has too.
 
-    `accuracy` compares sums, `accuracy_norm` sums divided by the choice's bytes (as lm-evaluation-harness does);
-    `chance` is what guessing gives, `stderr` the standard error of `accuracy`.
+    `accuracy` compares the summed log-likelihoods of the choices, `accuracy_norm` these divided by the choice's bytes,
+    and `accuracy_mutual_info` the log-likelihoods with the context minus those without it, which takes out how likely
+    a choice is by itself (Holtzman et al. 2021, domain-conditional PMI). `chance` is what guessing gives; the standard
+    errors are binomial.
     """
     items = items[: max_samples or len(items)]
-    requests = [_request(item, i, tokenizer, seq_len) for item in items for i in range(len(item.choices))]
-    scores = iter(log_likelihoods(scorer, requests, batch=batch, replica=replica))
-    right = right_norm = 0
+    pairs = [(item, choice) for item in items for choice in item.choices]
+    given = [_request(tokenizer, item.context, choice, seq_len=seq_len) for item, choice in pairs]
+    alone = [_request(tokenizer, "", choice, seq_len=seq_len) for _, choice in pairs]
+    scores = log_likelihoods(scorer, given + alone, batch=batch, replica=replica)
+    sums, priors = scores[: len(pairs)], scores[len(pairs) :]
+    by_byte = [score / len(choice.encode()) for score, (_, choice) in zip(sums, pairs, strict=True)]
+    gains = [score - prior for score, prior in zip(sums, priors, strict=True)]
+    results: dict[str, float] = {"items": len(items)}
+    for name, ranked in (("accuracy", sums), ("accuracy_norm", by_byte), ("accuracy_mutual_info", gains)):
+        share = _share_right(items, ranked)
+        results[name] = share
+        results[f"{name}_stderr"] = math.sqrt(share * (1 - share) / max(len(items) - 1, 1))
+    results["chance"] = sum(1 / len(item.choices) for item in items) / len(items)
+    return results
+
+
+def _share_right(items: Sequence[Choice], scores: Sequence[float]) -> float:
+    """The share of items whose answer has the greatest score; `scores` are those of all choices in a row."""
+    right = at = 0
     for item in items:
-        found = [next(scores) for _ in item.choices]
-        by_byte = [score / len(text.encode()) for score, text in zip(found, item.choices, strict=True)]
-        right += found.index(max(found)) == item.answer
-        right_norm += by_byte.index(max(by_byte)) == item.answer
-    accuracy = right / len(items)
-    return {
-        "items": len(items),
-        "accuracy": accuracy,
-        "accuracy_norm": right_norm / len(items),
-        "stderr": math.sqrt(accuracy * (1 - accuracy) / max(len(items) - 1, 1)),
-        "chance": sum(1 / len(item.choices) for item in items) / len(items),
-    }
+        own = scores[at : at + len(item.choices)]
+        right += max(range(len(own)), key=own.__getitem__) == item.answer
+        at += len(own)
+    return right / len(items)
 
 
-def _request(item: Choice, choice: int, tokenizer: Tokenizer, seq_len: int) -> Request:
+def _request(tokenizer: Tokenizer, context: str, choice: str, *, seq_len: int) -> Request:
     """Tokens of context and choice together, scored from where the context's own tokens end."""
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    context = start + tokenizer.encode(item.context)
-    whole = start + tokenizer.encode(item.context + item.choices[choice])
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    start = [] if first is None else [first]
+    before = start + tokenizer.encode(context)
+    whole = start + tokenizer.encode(context + choice)
     # A piece may span the border; the scored part then begins with it, and is never empty.
-    return fit(whole, max(min(len(context), len(whole) - 1), 1), max_len=seq_len + 1)
+    return fit(whole, max(min(len(before), len(whole) - 1), 1), max_len=seq_len + 1)

@@ -49,6 +49,7 @@ def describe(task: str, result: dict[str, float]) -> str:
             f"({result['documents']:.0f} documents, {result['tokens']:.0f} tokens)"
         )
     return (
-        f"{task}: accuracy {result['accuracy']:.1%} +- {result['stderr']:.1%} (normalised by bytes "
-        f"{result['accuracy_norm']:.1%}; chance {result['chance']:.1%}; {result['items']:.0f} items)"
+        f"{task}: accuracy {result['accuracy']:.1%}, by bytes {result['accuracy_norm']:.1%}, by mutual information "
+        f"{result['accuracy_mutual_info']:.1%} +- {result['accuracy_mutual_info_stderr']:.1%} "
+        f"(chance {result['chance']:.1%}; {result['items']:.0f} questions)"
     )

@@ -69,8 +69,8 @@ def test_the_benchmark_is_fair(folder: Path) -> None:
     assert len({item["context"] for item in items}) == len(items)
     for item in items:
         context, choices = item["context"], item["choices"]
-        assert 300 <= len(context) <= 400 and context.endswith("\n")
-        assert len(set(choices)) == 4 and len({len(c) for c in choices}) == 1 and 100 <= len(choices[0]) <= 150
+        assert len(context) == 320 and context[-1].isalnum()
+        assert len(set(choices)) == 4 and {len(c) for c in choices} == {100} and all(c[0] == " " for c in choices)
         truth = next(d for d in heldout if context + choices[item["answer"]] in d["text"])
         for i, choice in enumerate(choices):
             if i != item["answer"]:
