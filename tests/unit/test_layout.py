@@ -1,0 +1,85 @@
+"""Layouts: rank and coord are the same thing, groups partition the world, stages share the layers out well."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from llama_dist.layout import Coord, Layout, split_layers
+
+SIZES = (1, 2, 3, 4)
+LAYOUTS = [Layout(dp, tp, pp) for dp, tp, pp in itertools.product(SIZES, SIZES, SIZES)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_rank_and_coord_are_inverse(layout: Layout) -> None:
+    coords = [layout.coord(rank) for rank in range(layout.world)]
+    assert [layout.rank(coord) for coord in coords] == list(range(layout.world))
+    assert set(coords) == {
+        Coord(dp, tp, pp) for dp in range(layout.dp) for tp in range(layout.tp) for pp in range(layout.pp)
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_groups_of_each_axis_partition_the_world(layout: Layout) -> None:
+    axes = {
+        "dp": (layout.data_parallel_groups(), layout.dp),
+        "replica": (layout.replica_groups(), layout.tp * layout.pp),
+        "pp": (layout.pipeline_groups(), layout.pp),
+    }
+    for groups, size in axes.values():
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.world))
+        assert {len(group) for group in groups} == {size}
+    for group in axes["dp"][0]:
+        coords = [layout.coord(rank) for rank in group]
+        assert len({(c.tp, c.pp) for c in coords}) == 1
+        assert [c.dp for c in coords] == list(range(layout.dp))
+    for group in axes["replica"][0]:
+        assert len({layout.coord(rank).dp for rank in group}) == 1
+    for group in axes["pp"][0]:
+        coords = [layout.coord(rank) for rank in group]
+        assert len({(c.dp, c.tp) for c in coords}) == 1
+        assert [c.pp for c in coords] == list(range(layout.pp))
+
+
+def test_tensor_parallel_ranks_are_neighbours_and_stages_farthest_apart() -> None:
+    layout = Layout(dp=2, tp=2, pp=2)
+    assert layout.rank(Coord(dp=0, tp=1, pp=0)) == 1
+    assert layout.rank(Coord(dp=1, tp=0, pp=0)) == 2
+    assert layout.rank(Coord(dp=0, tp=0, pp=1)) == 4
+
+
+def test_a_rank_outside_the_world_is_a_defect() -> None:
+    with pytest.raises(AssertionError, match="rank 4 is outside a layout of 4 ranks"):
+        Layout(2, 2).coord(4)
+
+
+@pytest.mark.parametrize(("num_layers", "stages"), [(1, 1), (4, 4), (7, 3), (32, 8), (80, 16), (5, 4)])
+@pytest.mark.parametrize(("first", "last"), [(0.0, 0.0), (0.3, 1.7), (0.0, 4.0)])
+def test_layers_are_consecutive_and_every_stage_has_one(num_layers: int, stages: int, first: float, last: float) -> None:
+    parts = split_layers(num_layers, stages=stages, first_cost=first, last_cost=last)
+    assert [layer for part in parts for layer in part] == list(range(num_layers))
+    assert len(parts) == stages and all(len(part) for part in parts)
+
+
+def compositions(total: int, parts: int) -> list[tuple[int, ...]]:
+    """All ways to write `total` as an ordered sum of `parts` positive numbers."""
+    if parts == 1:
+        return [(total,)]
+    return [(n, *rest) for n in range(1, total - parts + 2) for rest in compositions(total - n, parts - 1)]
+
+
+@pytest.mark.parametrize(("num_layers", "stages"), [(6, 2), (9, 3), (8, 4)])
+@pytest.mark.parametrize(("first", "last"), [(0.0, 0.0), (0.3, 1.7), (2.5, 3.2)])
+def test_the_dearest_stage_costs_as_little_as_it_can(num_layers: int, stages: int, first: float, last: float) -> None:
+    def dearest(counts: tuple[int, ...]) -> float:
+        return max(n + first * (i == 0) + last * (i == stages - 1) for i, n in enumerate(counts))
+
+    found = tuple(len(part) for part in split_layers(num_layers, stages=stages, first_cost=first, last_cost=last))
+    assert dearest(found) == min(map(dearest, compositions(num_layers, stages)))
+
+
+def test_more_stages_than_layers_is_a_defect() -> None:
+    with pytest.raises(AssertionError, match="2 layers cannot fill 3 stages"):
+        split_layers(2, stages=3)
