@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llama_dist.config_checks import batch_problem, either_side
+from llama_dist.config_checks import batch_problem, divisors, either_side
 from llama_dist.config_problems import conflicts_within, find_problems
 from llama_dist.config_yaml import Document, dump_yaml, graft_, override_, read_document
 from llama_dist.errors import UserError
@@ -100,7 +100,8 @@ class ParallelConfig(Section):
     zero: Annotated[int, Field(strict=True, ge=1, le=3)] = 3
     """What DeepSpeed ZeRO partitions: 1 optimizer state, 2 also gradients, 3 also parameters."""
     micro_batch: Count = 1
-    """Sequences that a replica takes through the model at a time; the rest of its share is accumulated."""
+    """Sequences that a replica takes through the model at a time, at most: what bounds the memory of activations. The
+    largest number up to this that divides the replica's share is used, and the rest of the share is accumulated."""
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of forwards and backwards in the pipeline."""
     activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(strict=True, ge=2)] = "none"
@@ -286,17 +287,17 @@ def fit_layout(run: RunConfig, world_size: int) -> Layout:
                 f"run {run.name}: the world size {world_size} is not parallel.dp * parallel.tp * parallel.pp = "
                 f"{dp} * {parallel.tp} * {parallel.pp} = {dp * replica}; start {dp * replica} ranks{instead}"
             )
-    problem = batch_problem(run.train.global_batch, dp, parallel.micro_batch, replica=replica)
+    problem = batch_problem(run.train.global_batch, dp, replica=replica)
     if problem:
         raise UserError(f"run {run.name}: {problem}")
     return Layout(dp=dp, tp=parallel.tp, pp=parallel.pp)
 
 
-def num_microbatches(run: RunConfig, layout: Layout) -> int:
-    """Micro-batches that each replica takes in a step."""
-    count, rest = divmod(run.train.global_batch, layout.dp * run.parallel.micro_batch)
+def micro_batch_of(run: RunConfig, layout: Layout) -> int:
+    """Sequences in a micro-batch on this layout: the largest divisor of a replica's share up to the setting."""
+    share, rest = divmod(run.train.global_batch, layout.dp)
     assert rest == 0, f"{layout} does not share out a global batch of {run.train.global_batch}; use fit_layout"
-    return count
+    return max(size for size in divisors(share) if size <= run.parallel.micro_batch)
 
 
 def check_supported(run: RunConfig) -> None:

@@ -43,26 +43,21 @@ def either_side(value: int, multiple: int) -> str:
     return f"{below} or {below + multiple}" if below else str(multiple)
 
 
-def batch_problem(global_batch: int, dp: int, micro_batch: int, *, replica: int | None = None) -> str | None:
-    """What is wrong with a global batch (in sequences) that `dp` replicas take `micro_batch` sequences at a time.
+def batch_problem(global_batch: int, dp: int, *, replica: int | None = None) -> str | None:
+    """What is wrong with a global batch (in sequences) that `dp` replicas share.
 
     `replica` is the number of ranks in a replica, where the world size decides dp and not the config.
     """
-    unit = dp * micro_batch
-    if global_batch % unit == 0:
-        return None
-    ways = [f"train.global_batch={either_side(global_batch, unit)}"]
     if global_batch % dp == 0:
-        ways.append(f"parallel.micro_batch in {choice(divisors(global_batch // dp), micro_batch)}")
-    if global_batch % micro_batch == 0:
-        fit = divisors(global_batch // micro_batch)
-        if replica is None:
-            ways.append(f"parallel.dp in {choice(fit, dp)}")
-        else:
-            ways.append(f"a world size in {choice([replica * n for n in fit], replica * dp)}")
+        return None
+    fit = divisors(global_batch)
+    if replica is None:
+        way = f"parallel.dp in {choice(fit, dp)}"
+    else:
+        way = f"a world size in {choice([replica * n for n in fit], replica * dp)}"
     return (
-        f"train.global_batch={global_batch} is not a multiple of dp * parallel.micro_batch = "
-        f"{dp} * {micro_batch} = {unit}; use {', or '.join(ways)}"
+        f"train.global_batch={global_batch} does not split evenly over {dp} replicas; use "
+        f"train.global_batch={either_side(global_batch, dp)}, or {way}"
     )
 
 
@@ -134,22 +129,9 @@ def _recomputation(every: int | str, layers: int) -> Iterator[str]:
         )
 
 
-def _batch(global_batch: int, dp: int | str, micro_batch: int) -> Iterator[str]:
-    if micro_batch > global_batch:
-        yield (
-            f"train.global_batch={global_batch} is smaller than parallel.micro_batch={micro_batch}; "
-            f"use parallel.micro_batch in {choice(divisors(global_batch), micro_batch)}"
-        )
-    elif isinstance(dp, int):
-        problem = batch_problem(global_batch, dp, micro_batch)
-        if problem:
-            yield problem
-    elif global_batch % micro_batch:
-        fit = choice(divisors(global_batch), micro_batch)
-        yield (
-            f"train.global_batch={global_batch} is not a multiple of parallel.micro_batch={micro_batch}; use "
-            f"train.global_batch={either_side(global_batch, micro_batch)}, or parallel.micro_batch in {fit}"
-        )
+def _batch(global_batch: int, dp: int | str) -> Iterator[str]:
+    if isinstance(dp, int) and (problem := batch_problem(global_batch, dp)):
+        yield problem
 
 
 def _warmup(warmup: int, steps: int) -> Iterator[str]:
@@ -207,7 +189,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(("parallel.pp", "model.num_hidden_layers"), _pipeline_parallel),
     Check(("parallel.activation_checkpointing", "model.num_hidden_layers"), _recomputation),
-    Check(("train.global_batch", "parallel.dp", "parallel.micro_batch"), _batch),
+    Check(("train.global_batch", "parallel.dp"), _batch),
     Check(("optim.warmup_steps", "train.steps"), _warmup),
     Check(("optim.decay_steps", "optim.schedule", "optim.warmup_steps", "train.steps"), _decay),
     Check(("data.seq_len", "model.max_position_embeddings"), _positions),

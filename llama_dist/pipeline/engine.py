@@ -145,8 +145,9 @@ def deepspeed_config(run: RunConfig, *, dtype: torch.dtype, device: torch.device
     """The DeepSpeed configuration of one stage with `numel` elements."""
     bucket = min(MAX_BUCKET, numel)
     return {
-        "train_micro_batch_size_per_gpu": run.parallel.micro_batch,
-        "gradient_accumulation_steps": 1,  # accumulation is the runner's; DeepSpeed must divide by nothing
+        # Batches and accumulation are the runner's; DeepSpeed only wants numbers, and must divide by nothing.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": run.optim.grad_clip,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},

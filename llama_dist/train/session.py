@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from llama_dist import __version__
 from llama_dist.checkpoint.store import Position
-from llama_dist.config import RunConfig, dump_config, fit_layout
+from llama_dist.config import RunConfig, dump_config, fit_layout, micro_batch_of
 from llama_dist.data.loader import Loader
 from llama_dist.data.shards import Shards
 from llama_dist.errors import RunError, UserError
@@ -51,7 +51,7 @@ def run_training(run: RunConfig) -> int:
         run.data,
         vocab_size=run.model.vocab_size,
         global_batch=run.train.global_batch,
-        micro_batch=run.parallel.micro_batch,
+        micro_batch=micro_batch_of(run, layout),
         dp=layout.dp,
         dp_rank=coord.dp,
     )
@@ -180,7 +180,7 @@ def _heading(run: RunConfig, runtime: Runtime, dtype: torch.dtype) -> str:
         f"{runtime.device.type} ({precision}), started by {runtime.environment.launcher}; dp {layout.dp}, tp "
         f"{layout.tp}, pp {layout.pp}, ZeRO-{run.parallel.zero}, activation checkpointing "
         f"{run.parallel.activation_checkpointing}\n{run.train.steps} steps of {run.train.global_batch} sequences of "
-        f"{run.data.seq_len} tokens ({quantity(tokens)} in all)"
+        f"{run.data.seq_len} tokens ({quantity(tokens)} in all), {micro_batch_of(run, layout)} at a time on each replica"
     )
 
 

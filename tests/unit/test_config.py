@@ -17,7 +17,7 @@ from llama_dist.config import (
     fit_layout,
     load_config,
     load_model_config,
-    num_microbatches,
+    micro_batch_of,
 )
 from llama_dist.config_problems import list_settings
 from llama_dist.errors import UserError
@@ -427,7 +427,6 @@ def test_all_problems_are_reported_each_on_its_line(run_file: Path) -> None:
         "run.yaml:20: train.device='gpu' is not allowed",
         "model.yaml:6: model.num_key_value_heads=3 does not divide model.num_attention_heads=4",
         "override 'parallel.pp=9': parallel.pp=9 exceeds model.num_hidden_layers=2",
-        "run.yaml:19: train.global_batch=7 is not a multiple of parallel.micro_batch=2",
         "run.yaml:15: optim.warmup_steps=2000 exceeds train.steps=20",
         "run.yaml:11: data.seq_len=1024 exceeds model.max_position_embeddings=256",
     ]
@@ -476,18 +475,9 @@ def test_all_problems_are_reported_each_on_its_line(run_file: Path) -> None:
             "parallel.activation_checkpointing=5 exceeds model.num_hidden_layers=2",
         ),
         (
-            ["parallel.micro_batch=16"],
-            "train.global_batch=8 is smaller than parallel.micro_batch=16; use parallel.micro_batch in {1, 2, 4, 8}",
-        ),
-        (
-            ["parallel.micro_batch=3"],
-            "train.global_batch=8 is not a multiple of parallel.micro_batch=3; "
-            "use train.global_batch=6 or 9, or parallel.micro_batch in {1, 2, 4, 8}",
-        ),
-        (
             ["parallel.dp=3"],
-            "train.global_batch=8 is not a multiple of dp * parallel.micro_batch = 3 * 2 = 6; "
-            "use train.global_batch=6 or 12, or parallel.dp in {1, 2, 4}",
+            "train.global_batch=8 does not split evenly over 3 replicas; "
+            "use train.global_batch=6 or 9, or parallel.dp in {1, 2, 4, 8}",
         ),
         (["optim.warmup_steps=21"], "optim.warmup_steps=21 exceeds train.steps=20; use warmup_steps <= 20"),
         (["optim.decay_steps=3"], "optim.decay_steps=3 is for optim.schedule=wsd"),
@@ -583,7 +573,8 @@ def test_layouts_that_fit(
     run = run_with(run_file, **parallel)
     assert fit_layout(run, world) == layout
     assert layout.world == world
-    assert num_microbatches(run, layout) == microbatches
+    share = run.train.global_batch // layout.dp
+    assert share // micro_batch_of(run, layout) == microbatches and share % micro_batch_of(run, layout) == 0
 
 
 @pytest.mark.parametrize(
@@ -592,20 +583,14 @@ def test_layouts_that_fit(
         (
             {},
             5,
-            "run small: train.global_batch=24 is not a multiple of dp * parallel.micro_batch = 5 * 2 = 10; "
-            "use train.global_batch=20 or 30, or a world size in {1, 2, 3, 4, 6, 12}",
-        ),
-        (
-            {},
-            8,
-            "run small: train.global_batch=24 is not a multiple of dp * parallel.micro_batch = 8 * 2 = 16; use "
-            "train.global_batch=16 or 32, or parallel.micro_batch in {1, 3}, or a world size in {1, 2, 3, 4, 6, 12}",
+            "run small: train.global_batch=24 does not split evenly over 5 replicas; "
+            "use train.global_batch=20 or 25, or a world size in {1, 2, 3, 4, 6, 8, 12, 24}",
         ),
         (
             {"tp": 2},
             10,
-            "train.global_batch=24 is not a multiple of dp * parallel.micro_batch = 5 * 2 = 10; "
-            "use train.global_batch=20 or 30, or a world size in {2, 4, 6, 8, 12, 24}",
+            "train.global_batch=24 does not split evenly over 5 replicas; "
+            "use train.global_batch=20 or 25, or a world size in {2, 4, 6, 8, 12, 16, 24, 48}",
         ),
         (
             {"dp": 3},
@@ -699,3 +684,11 @@ def _is_section(annotation: object) -> bool:
 
 def test_a_model_file_loads_alone(run_file: Path) -> None:
     assert load_model_config(run_file.parent / "model.yaml") == load_config(run_file).model
+
+
+@pytest.mark.parametrize(("world", "setting", "used"), [(1, 2, 2), (8, 2, 1), (2, 5, 4), (24, 16, 1), (1, 100, 24)])
+def test_a_micro_batch_is_the_largest_up_to_the_setting_that_divides_the_share(
+    run_file: Path, world: int, setting: int, used: int
+) -> None:
+    run = load_config(run_file, ["train.global_batch=24", f"parallel.micro_batch={setting}"])
+    assert micro_batch_of(run, fit_layout(run, world)) == used

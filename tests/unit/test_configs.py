@@ -14,7 +14,7 @@ from llama_dist.config import (
     fit_layout,
     load_config,
     load_model_config,
-    num_microbatches,
+    micro_batch_of,
 )
 from llama_dist.model.cuts import logical_shapes, num_parameters
 from llama_dist.model.llama import Llama
@@ -30,7 +30,7 @@ PARAMETERS = {
     "llama3.1-8b": 8_030_261_248,
     "llama3.1-405b": 405_853_388_800,
     "tinyllama-1.1b": 1_100_048_384,
-    "llama-5m": 4_819_392,
+    "llama-3m": 3_147_456,
     "llama-tiny": 158_016,
 }
 WORLDS = {
@@ -104,7 +104,7 @@ def test_run_fits_the_world_that_it_documents(name: str) -> None:
     assert int(documented[1]) == WORLDS[name]
     layout = fit_layout(run, WORLDS[name])
     assert (layout.dp, layout.tp, layout.pp) == (WORLDS[name], 1, 1)
-    assert num_microbatches(run, layout) * layout.dp * run.parallel.micro_batch == run.train.global_batch
+    assert micro_batch_of(run, layout) == run.parallel.micro_batch
 
 
 @pytest.mark.parametrize("name", WORLDS)
