@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import xxhash
 
@@ -51,6 +52,29 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def append_lines(path: Path) -> TextIO:
+    """Open a file of lines to add to, flushed line by line; where a kill cut its last line short, that line ends."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object a line, but for lines that a kill cut short."""
+    objects = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            objects.append(value)
+    return objects
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,9 @@ from llama_dist.checkpoint.dcp import TENSORS_FILE
 from llama_dist.checkpoint.store import MANIFEST, Checkpoint, list_committed, read_checkpoint, verify
 from llama_dist.data.describe import describe_shards, format_bytes
 from llama_dist.errors import UserError
-from llama_dist.train.metrics import quantity, read_metrics
+from llama_dist.files import read_json_lines
+from llama_dist.train.ledger import LEDGER
+from llama_dist.train.metrics import METRICS, quantity, read_metrics
 
 DESCRIPTION = "Say what a run folder, a checkpoint or a shard directory holds, and whether it is whole."
 EPILOG = """\
@@ -35,12 +37,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{path}: there is no such folder; name a run folder, a checkpoint or a shard directory")
     if (path / TENSORS_FILE).is_file() or path.parent.name == "checkpoints":
         print(describe_checkpoint(path))
-    elif (path / "ledger.jsonl").is_file():
+    elif (path / LEDGER).is_file():
         print(describe_run(path))
     elif (path / MANIFEST).is_file():
         print(describe_shards(path, args.tokenizer))
     else:
-        raise UserError(f"{path}: is neither a run folder (ledger.jsonl), a checkpoint nor shards ({MANIFEST})")
+        raise UserError(f"{path}: is neither a run folder ({LEDGER}), a checkpoint nor shards ({MANIFEST})")
     return 0
 
 
@@ -74,8 +76,8 @@ def _tokens(checkpoint: Checkpoint) -> str:
 
 def describe_run(path: Path) -> str:
     """Where a run stands: its last step, starts, checkpoints and evaluations."""
-    events = [json.loads(line) for line in (path / "ledger.jsonl").read_text().splitlines() if line.endswith("}")]
-    steps = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+    events = read_json_lines(path / LEDGER)
+    steps = read_metrics(path / METRICS) if (path / METRICS).is_file() else []
     starts = [event for event in events if event["event"] == "start"]
     lines = [f"run {path}: {len(starts)} start(s), last event: {events[-1]['event'] if events else 'none'}"]
     if steps:

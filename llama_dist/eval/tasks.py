@@ -26,9 +26,10 @@ class Choice:
 def load_choices(path: str | Path) -> list[Choice]:
     """Read a benchmark of JSON lines {"context", "choices", "answer"}. UserError names the line that is broken."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold a bare U+2028 or U+0085, which that takes for the end of a line.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a multiple-choice benchmark: {error}; check eval.choices") from error
+        raise UserError(f"{path}: cannot be read as multiple choice: {error}; check eval.choices") from error
     items = [_choice(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not items:
         raise UserError(f"{path}: holds no items; a multiple-choice benchmark has one JSON object a line")
@@ -39,7 +40,8 @@ def _choice(line: str, where: str) -> Choice:
     try:
         record = json.loads(line)
         item = Choice(record["context"], tuple(record["choices"]), record["answer"])
-        fine = isinstance(item.context, str) and all(isinstance(c, str) and c for c in item.choices)
+        fine = isinstance(item.context, str) and isinstance(record["choices"], list)
+        fine = fine and all(isinstance(c, str) and c for c in item.choices)
         fine = fine and len(item.choices) > 1 and type(item.answer) is int and 0 <= item.answer < len(item.choices)
     except (ValueError, KeyError, TypeError):
         fine = False

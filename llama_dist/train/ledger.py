@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_dist.files import sync_folder
+from llama_dist.files import append_lines, sync_folder
+
+LEDGER = "ledger.jsonl"
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Ledger:
     def write(self, event: str, **fields: Any) -> None:
         """Append one JSON line; flushed to disk, since it is what remains after a crash."""
         line = {"at": round(time.time(), 3), "attempt": self.attempt, "event": event, **fields}
-        with open(self.folder / "ledger.jsonl", "a", encoding="utf-8") as file:
+        with append_lines(self.folder / LEDGER) as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -12,12 +12,14 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 
+from llama_dist.files import append_lines, read_json_lines
 from llama_dist.runtime import device_name, peak_memory_bytes
 
+METRICS = "metrics.jsonl"
 GIB = 2**30
 
 # Dense bfloat16 matrix rate in TFLOP/s from the makers' data sheets, by a part of the device's name.
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "V100": 125.0}
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0}
 
 
 class Monitor(Protocol):
@@ -90,7 +92,7 @@ class StepLog:
         attempt: int,
     ) -> None:
         """`peak_flops` is that of all ranks together, in FLOP/s."""
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+        self._file = append_lines(folder / METRICS)
         self._console = Console(highlight=False, soft_wrap=True)
         self._monitor = monitor
         self._steps, self._tokens, self._attempt, self._device = steps, tokens_per_step, attempt, device
@@ -125,7 +127,8 @@ class StepLog:
         line = {"step": step, "samples": samples, "attempt": self._attempt, **fields}
         self._file.write(json.dumps(line) + "\n")
         if self._monitor.enabled:
-            self._monitor.write_events([(f"train/{name}", value, step) for name, value in fields.items()])
+            tags = {name if "/" in name else f"train/{name}": value for name, value in fields.items()}
+            self._monitor.write_events([(tag, value, step) for tag, value in tags.items()])
 
     def say(self, text: str) -> None:
         """A line for the reader between the steps; `text` may hold rich markup."""
@@ -135,10 +138,6 @@ class StepLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The run's step lines in order; a step done again after a restart counts with its last line only."""
     lines: dict[tuple[int, bool], dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # the line that a kill cut short
-            continue
+    for line in read_json_lines(path):
         lines[line["step"], "loss" in line] = line
     return [lines[key] for key in sorted(lines) if key[1]]
