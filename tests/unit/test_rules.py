@@ -280,7 +280,7 @@ def test_every_module_has_a_layer() -> None:
 
 
 # Of machines and of package registries; written so that they do not match themselves.
-PRIVATE = r"(?<![\w./-])/(?:root|home|work|opt|mnt|Users)/|pypi\.org|pythonhosted|download\.pytorch|npmjs|deb\.debian"
+PRIVATE = r"(?<![\w./-])/(?:root|home|work|opt|mnt|Users)/|pypi\.org|python[h]osted|download\.pytorch|npm[j]s|deb\.debian"
 
 
 def tracked_files() -> list[Path]:
