@@ -88,7 +88,9 @@ def _environment(env: Mapping[str, str], launcher: str, rank: str, world: str, l
     for name, default in ((rank, None), (world, None), (local, "0"), ("MASTER_PORT", "0")):
         text = env.get(name, default)
         if text is None or not text.isdigit():
-            raise UserError(f"environment: {name}={text!r} is not a whole number; the launcher ({launcher}) must set it")
+            raise UserError(
+                f"environment: {name}={text!r} is not a whole number; the launcher ({launcher}) must set it"
+            )
         numbers[name] = int(text)
     if not 0 <= numbers[rank] < numbers[world]:
         raise UserError(
@@ -175,6 +177,12 @@ def start_runtime(environment: Environment, layout: Layout, *, device: torch.dev
         control=dist.new_group(backend="gloo", timeout=timeout),
     )
     return Runtime(environment, layout, layout.coord(environment.rank), groups, device)
+
+
+def is_lost_contact(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone or silent, and not because of this rank."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def stop_runtime() -> None:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,8 @@ def save_checkpoint(
 
     writer = RawWriter(partial, rank=rank, commit=commit)
     try:
-        dcp.save({}, storage_writer=writer, planner=PieceSavePlanner(pieces), process_group=group, no_dist=group is None)
+        planner = PieceSavePlanner(pieces)
+        dcp.save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except (CheckpointException, OSError) as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -103,7 +105,10 @@ def load_pieces(checkpoint: Checkpoint, pieces: Sequence[Piece], *, group: dist.
     """
     reader = RawReader(checkpoint.path)
     try:
-        dcp.load({}, storage_reader=reader, planner=PieceLoadPlanner(pieces), process_group=group, no_dist=group is None)
+        planner = PieceLoadPlanner(pieces)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, as asked
+            dcp.load({}, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         raise UserError(f"{checkpoint.path}: does not fit this run: {_reasons(error)}") from error
     return reader.bytes_read

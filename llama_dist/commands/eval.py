@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     for problem in passed_over:
         print(f"checkpoint passed over: {problem}")
     config = _config(config_of(checkpoint), args)
-    evaluation = Evaluation(config, replica=Replica())
-    results = evaluation(PlainScorer(load_model(checkpoint).to(best_device()), device=best_device()))
+    evaluation = Evaluation(config)
+    results = evaluation(PlainScorer(load_model(checkpoint).to(best_device()), device=best_device()), replica=Replica())
     if not results:
         raise UserError(f"{checkpoint.path}: its run's config names nothing to evaluate; give --heldout or --choices")
     if args.json:

@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     )
     for prompt, output in zip(prompts, outputs, strict=True):
         # Decoded as one text: a tokenizer may write the first piece of a text differently from one inside it.
-        print(tokenizer.decode([token for token in prompt + output if token not in (tokenizer.bos_id, tokenizer.eos_id)]))
+        marks = (tokenizer.bos_id, tokenizer.eos_id)
+        print(tokenizer.decode([token for token in prompt + output if token not in marks]))
     return 0
 
 

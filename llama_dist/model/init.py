@@ -50,7 +50,8 @@ def draw_box(
     for i in range(0, box.shape[0], rows_at_once):
         start = (box.offset[0] + i) * row + (0 if whole_rows else box.offset[1])
         count = rows_at_once * width
-        flat[i * width : i * width + count] = draw(name, shape, seed=seed, start=start, stop=start + count, config=config)
+        drawn = draw(name, shape, seed=seed, start=start, stop=start + count, config=config)
+        flat[i * width : i * width + count] = drawn
     return out
 
 

@@ -191,7 +191,8 @@ def build_optimizer(
     )
 
 
-def build_monitor(folder: Path, *, enabled: bool) -> MonitorMaster:
+def build_monitor(folder: Path, runtime: Runtime, *, enabled: bool) -> MonitorMaster:
     """DeepSpeed's monitor, writing TensorBoard files under `folder`."""
+    prepare_deepspeed(runtime)
     tensorboard = {"enabled": enabled, "output_path": str(folder), "job_name": "tensorboard"}
     return MonitorMaster(get_monitor_config({"tensorboard": tensorboard}))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "SEND_F", "RECV_F", "SEND_B", "RECV_B"]
-COST = {"F": 1, "B": 2}  # relative durations on the simulated clock; a backward is two matrix products to a forward's one
+COST = {"F": 1, "B": 2}  # on the simulated clock; a backward has two matrix products to a forward's one
 
 
 class Action(NamedTuple):

@@ -21,12 +21,12 @@ from llama_dist.checkpoint.store import (
     SaveError,
     clean_leftovers,
     load_pieces,
-    newest_valid,
     prune,
     save_checkpoint,
 )
 from llama_dist.config import RunConfig
 from llama_dist.errors import RunError, UserError
+from llama_dist.eval.scoring import Replica
 from llama_dist.files import write_file
 from llama_dist.model.cuts import logical_shapes
 from llama_dist.model.init import draw_box
@@ -53,13 +53,14 @@ class Decision:
 
 @dataclass
 class Coordinator:
-    """Holds what the loop needs between steps. `log` and `ledger` are there on the coordinator rank only."""
+    """Holds what the loop needs between steps. `ledger` and `steps_log` are there on the coordinator rank only."""
 
     run: RunConfig
     runtime: Runtime
     engine: StageEngine
     runner: PipelineRunner
     evaluation: Evaluation
+    replica: Replica
     request: StopRequest
     attempt: int
     data_fingerprint: str
@@ -67,7 +68,6 @@ class Coordinator:
     steps_log: StepLog | None = None
     last_results: Results = field(default_factory=dict)
     saved_at: int = -1
-    evaluated_at: int = -1
 
     @property
     def folder(self) -> Path:
@@ -80,23 +80,15 @@ class Coordinator:
             self.engine.shares(), logical_shapes(self.run.model), tp=layout.tp, tp_rank=coord.tp
         )
 
-    def restore(self) -> Position:
-        """Continue from the newest checkpoint that verifies, or draw the initial weights. Collective.
-
-        Raises UserError when there are checkpoints of which none verifies, or the newest is of another run.
-        """
-        group = self.runtime.groups.control
+    def restore(self, checkpoint: Checkpoint | None) -> Position:
+        """Continue from a checkpoint that verified, or draw the initial weights. Collective."""
         if self.ledger:
             clean_leftovers(self.folder / "checkpoints")
-        checkpoint, passed_over = newest_valid(self.folder / "checkpoints", group=group)
-        for problem in passed_over:
-            self.tell(f"[red]checkpoint passed over:[/] {problem}", "checkpoint_passed_over", problem=problem)
         if checkpoint is None:
             self._draw_weights()
             self.engine.refresh()
             return Position()
-        check_same_run(checkpoint, self.run, data_fingerprint=self.data_fingerprint)
-        read = load_pieces(checkpoint, self.pieces(), group=group)
+        read = load_pieces(checkpoint, self.pieces(), group=self.runtime.groups.control)
         self.engine.set_step(checkpoint.position.step)
         self.engine.refresh()
         self.saved_at = checkpoint.position.step
@@ -106,7 +98,10 @@ class Coordinator:
     def _draw_weights(self) -> None:
         for piece in self.pieces():
             if piece.name in self.engine.shapes:  # the others are moments, which begin as zeros
-                piece.data.copy_(draw_box(piece.name, piece.shape, piece.box, seed=self.run.train.seed, config=self.run.model))
+                drawn = draw_box(
+                    piece.name, piece.shape, piece.box, seed=self.run.train.seed, config=self.run.model
+                )
+                piece.data.copy_(drawn)
 
     def decide(self, position: Position, loss_part: Tensor, grad_norm: float) -> Decision:
         """The one control collective of a step: what any rank knows, all ranks act on.
@@ -190,8 +185,7 @@ class Coordinator:
 
     def evaluate(self, position: Position) -> None:
         """Run the configured tasks on all ranks; the coordinator logs and keeps the results. Collective."""
-        self.last_results = self.evaluation(self.runner)
-        self.evaluated_at = position.step
+        self.last_results = self.evaluation(self.runner, replica=self.replica)
         self._keep_results(position)
         self.start_clock()
 

@@ -14,10 +14,9 @@ Results = dict[str, dict[str, float]]
 class Evaluation:
     """The held-out perplexity and multiple-choice benchmarks of a run's config, opened and checked at the start."""
 
-    def __init__(self, run: RunConfig, *, replica: Replica) -> None:
+    def __init__(self, run: RunConfig) -> None:
         """Raises UserError for files that are missing or broken, before any training time is spent."""
         self._run = run
-        self._replica = replica
         self._tokenizer = load_tokenizer(run.data.tokenizer)
         self._choices = {path: load_choices(path) for path in run.eval.choices}
         self._heldout = None
@@ -29,9 +28,12 @@ class Evaluation:
                 vocab_size=run.model.vocab_size,
             )
 
-    def __call__(self, scorer: Scorer) -> Results:
-        """Results by task: "heldout" for perplexity, a benchmark's path for multiple choice. Collective."""
-        run, shared = self._run, {"batch": self._run.eval.batch, "replica": self._replica}
+    def __call__(self, scorer: Scorer, *, replica: Replica) -> Results:
+        """Results by task: "heldout" for perplexity, a benchmark's path for multiple choice.
+
+        Collective over the replica's group, whose ranks all get the same results.
+        """
+        run, shared = self._run, {"batch": self._run.eval.batch, "replica": replica}
         shared |= {"seq_len": run.data.seq_len, "max_samples": run.eval.max_samples}
         results: Results = {}
         if self._heldout is not None:

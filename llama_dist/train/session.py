@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llama_dist import __version__
-from llama_dist.checkpoint.store import Position
+from llama_dist.checkpoint.store import Position, newest_valid
 from llama_dist.config import RunConfig, dump_config, fit_layout, micro_batch_of
 from llama_dist.data.loader import Loader
 from llama_dist.data.shards import Shards
@@ -24,8 +24,8 @@ from llama_dist.model.cuts import flops_per_token, num_parameters
 from llama_dist.pipeline.engine import StageEngine, build_monitor
 from llama_dist.pipeline.runner import PipelineRunner
 from llama_dist.pipeline.stage import build_stage
-from llama_dist.runtime import Runtime, pick_device, read_environment, start_runtime, stop_runtime
-from llama_dist.train.coordinator import Coordinator
+from llama_dist.runtime import Runtime, is_lost_contact, pick_device, read_environment, start_runtime, stop_runtime
+from llama_dist.train.coordinator import Coordinator, check_same_run
 from llama_dist.train.evaluation import Evaluation
 from llama_dist.train.ledger import Ledger, open_ledger
 from llama_dist.train.loop import train
@@ -35,6 +35,7 @@ from llama_dist.train.signals import StopRequest, stop_request
 log = logging.getLogger("llama_dist")
 
 EXIT_DONE = 0
+EXIT_LOST = 1  # another rank died or fell silent
 EXIT_STOPPED = 75  # asked to stop, saved, not finished: launchers start the run again on this status
 
 
@@ -55,16 +56,25 @@ def run_training(run: RunConfig) -> int:
         dp=layout.dp,
         dp_rank=coord.dp,
     )
+    evaluation = Evaluation(run)
     start_log(Path(run.folder), environment.rank)
     runtime = start_runtime(environment, layout, device=device, timeout_seconds=run.train.timeout_seconds)
     try:
         with stop_request() as request:
-            return _train(run, runtime, loader, request)
+            return _resume_or_start(run, runtime, loader, evaluation, request)
+    except (UserError, RunError) as error:
+        log.error("%s", error)
+        raise
     except Exception as error:
         # The log file has the whole story of each rank; a launcher mixes the ranks' stderr into one stream.
         log.exception("rank %d failed", runtime.rank)
-        if not isinstance(error, (UserError, RunError)):
-            print(f"llama-dist train: rank {runtime.rank} {runtime.coord} failed: {error!r}", file=sys.stderr)
+        who = f"llama-dist train: rank {runtime.rank} {runtime.coord}"
+        if is_lost_contact(error):
+            reason = str(error).splitlines()[0]
+            print(f"{who} lost contact with another rank, whose log in {run.folder}/logs may say why: {reason}",
+                  file=sys.stderr)  # fmt: skip
+            return EXIT_LOST
+        print(f"{who} failed: {error!r}", file=sys.stderr)
         raise
     finally:
         stop_runtime()
@@ -86,47 +96,75 @@ def start_log(folder: Path, rank: int) -> None:
             os.dup2(file.fileno(), sys.stdout.fileno())
 
 
-def _train(run: RunConfig, runtime: Runtime, loader: Loader, request: StopRequest) -> int:
-    started_at = time.perf_counter()
-    dtype = precision_of(run, runtime.device)
-    replica = Replica(
-        group=runtime.groups.control,
-        dp=runtime.layout.dp,
-        dp_rank=runtime.coord.dp,
-        reports=runtime.coord.tp == 0 and runtime.coord.pp == runtime.layout.pp - 1,
-    )
-    evaluation = Evaluation(run, replica=replica)
+def _resume_or_start(
+    run: RunConfig, runtime: Runtime, loader: Loader, evaluation: Evaluation, request: StopRequest
+) -> int:
+    """Find the newest checkpoint that verifies, and train on from it; without any, from the start."""
+    checkpoint, passed_over = newest_valid(Path(run.folder) / "checkpoints", group=runtime.groups.control)
+    if checkpoint is not None:
+        check_same_run(checkpoint, run, data_fingerprint=loader.fingerprint)
+        if checkpoint.position.step >= run.train.steps:
+            if runtime.is_coordinator:
+                print(f"{run.folder}: the run is finished, at step {checkpoint.position.step} of {run.train.steps}")
+            return EXIT_DONE
+    # From here on this start holds the run: an earlier one that still lives stops at its next step.
     ledger, attempt = _open_folder(run, runtime)
+    coordinator = _build(run, runtime, loader, evaluation, request, ledger, attempt)
+    for problem in passed_over:
+        coordinator.tell(f"[red]checkpoint passed over:[/] {problem}", "checkpoint_passed_over", problem=problem)
+    started_at = time.perf_counter()
+    begun = coordinator.restore(checkpoint)
+    position = train(
+        run,
+        engine=coordinator.engine,
+        runner=coordinator.runner,
+        loader=loader,
+        coordinator=coordinator,
+        position=begun,
+    )
+    return _finish(run, coordinator, begun, position, time.perf_counter() - started_at)
+
+
+def _build(
+    run: RunConfig,
+    runtime: Runtime,
+    loader: Loader,
+    evaluation: Evaluation,
+    request: StopRequest,
+    ledger: Ledger | None,
+    attempt: int,
+) -> Coordinator:
+    """The stage, its engine and runner, and the coordinator that holds them. Collective."""
+    layout, coord = runtime.layout, runtime.coord
+    dtype = precision_of(run, runtime.device)
+    steps_log = _open_steps_log(run, runtime, dtype, attempt) if ledger else None
+    if steps_log:
+        steps_log.say(_heading(run, runtime, dtype))
     stage = build_stage(
         run.model,
-        pp=runtime.layout.pp,
-        pp_rank=runtime.coord.pp,
+        pp=layout.pp,
+        pp_rank=coord.pp,
         activation_checkpointing=run.parallel.activation_checkpointing,
     )
     engine = StageEngine(stage, run, runtime, dtype=dtype)
-    runner = PipelineRunner(engine, runtime, schedule=run.parallel.schedule)
-    coordinator = Coordinator(
+    return Coordinator(
         run=run,
         runtime=runtime,
         engine=engine,
-        runner=runner,
+        runner=PipelineRunner(engine, runtime, schedule=run.parallel.schedule),
         evaluation=evaluation,
+        replica=Replica(
+            group=runtime.groups.control,
+            dp=layout.dp,
+            dp_rank=coord.dp,
+            reports=coord.tp == 0 and coord.pp == layout.pp - 1,
+        ),
         request=request,
         attempt=attempt,
         data_fingerprint=loader.fingerprint,
         ledger=ledger,
-        steps_log=_open_steps_log(run, runtime, dtype, attempt) if ledger else None,
+        steps_log=steps_log,
     )
-    if ledger:
-        coordinator.steps_log.say(_heading(run, runtime, dtype))
-    begun = coordinator.restore()
-    if begun.step >= run.train.steps:
-        coordinator.tell(f"the run is finished: it stands at step {begun.step} of {run.train.steps}; nothing to do")
-        return EXIT_DONE
-    position = train(
-        run, engine=engine, runner=runner, loader=loader, coordinator=coordinator, position=begun
-    )
-    return _finish(run, coordinator, begun, position, time.perf_counter() - started_at)
 
 
 def precision_of(run: RunConfig, device: torch.device) -> torch.dtype:
@@ -167,7 +205,7 @@ def _open_steps_log(run: RunConfig, runtime: Runtime, dtype: torch.dtype, attemp
         flops_per_token=flops_per_token(run.model, run.data.seq_len),
         peak_flops=peak * 1e12 * runtime.layout.world,
         device=runtime.device,
-        monitor=build_monitor(Path(run.folder), enabled=run.metrics.tensorboard),
+        monitor=build_monitor(Path(run.folder), runtime, enabled=run.metrics.tensorboard),
         attempt=attempt,
     )
 
@@ -180,7 +218,7 @@ def _heading(run: RunConfig, runtime: Runtime, dtype: torch.dtype) -> str:
         f"{runtime.device.type} ({precision}), started by {runtime.environment.launcher}; dp {layout.dp}, tp "
         f"{layout.tp}, pp {layout.pp}, ZeRO-{run.parallel.zero}, activation checkpointing "
         f"{run.parallel.activation_checkpointing}\n{run.train.steps} steps of {run.train.global_batch} sequences of "
-        f"{run.data.seq_len} tokens ({quantity(tokens)} in all), {micro_batch_of(run, layout)} at a time on each replica"
+        f"{run.data.seq_len} tokens ({quantity(tokens)} in all), {micro_batch_of(run, layout)} at a time on a replica"
     )
 
 
@@ -205,7 +243,8 @@ def _finish(run: RunConfig, coordinator: Coordinator, begun: Position, position:
             f"(the corpus's unigram entropy)"
         )
     coordinator.tell(
-        f"run folder: {run.folder} (config.yaml, metrics.jsonl, ledger.jsonl, checkpoints/, evals/, logs/, tensorboard/)"
+        f"run folder: {run.folder} "
+        f"(config.yaml, metrics.jsonl, ledger.jsonl, checkpoints/, evals/, logs/, tensorboard/)"
     )
     if coordinator.saved_at != position.step:
         coordinator.tell(f"[red]the last save failed; the newest checkpoint is that of step {coordinator.saved_at}[/]")
