@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from workers import runtime
 
-from llama_dist.checkpoint.store import Position
+from llama_dist.checkpoint.store import Position, newest_valid
 from llama_dist.config import RunConfig, build_config
+from llama_dist.eval.scoring import Replica
 from llama_dist.model.cuts import logical_shapes
 from llama_dist.pipeline.engine import StageEngine
 from llama_dist.pipeline.partitions import MOMENTS
@@ -115,12 +116,20 @@ def coordinator_on_rank(case: Case, *, with_ledger: bool = False) -> Coordinator
         engine=engine,
         runner=PipelineRunner(engine, place, schedule="1f1b"),
         evaluation=None,
+        replica=Replica(group=place.groups.control, dp=place.layout.dp, dp_rank=place.coord.dp),
         request=StopRequest(),
         attempt=1,
         data_fingerprint="the data",
         ledger=ledger,
         steps_log=SilentLog() if ledger else None,
     )
+
+
+def restore_on_rank(coordinator: Coordinator) -> Position:
+    """Go on from the newest checkpoint of the run's folder that verifies, or draw the first weights."""
+    checkpoints = Path(coordinator.run.folder) / "checkpoints"
+    checkpoint, _ = newest_valid(checkpoints, group=coordinator.runtime.groups.control)
+    return coordinator.restore(checkpoint)
 
 
 def microbatches_on_rank(case: Case, step: int) -> list[Tensor]:

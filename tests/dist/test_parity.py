@@ -20,6 +20,7 @@ from small_runs import (
     assemble,
     coordinator_on_rank,
     microbatches_on_rank,
+    restore_on_rank,
     state_on_rank,
     steps_on_rank,
     tokens_at,
@@ -89,7 +90,7 @@ def plain(tied: bool, kv_heads: int) -> Plain:
 
 def train_on_rank(case: Case) -> tuple[list[tuple[float, float]], Shares]:
     coordinator = coordinator_on_rank(case)
-    coordinator.restore()
+    restore_on_rank(coordinator)
     return steps_on_rank(coordinator, case, Position(), TRAINED), state_on_rank(coordinator)
 
 
@@ -149,7 +150,7 @@ def test_the_plain_loop_feels_what_is_compared() -> None:
 
 def gradients_on_rank(case: Case) -> dict[str, np.ndarray]:
     coordinator = coordinator_on_rank(case)
-    coordinator.restore()
+    restore_on_rank(coordinator)
     coordinator.runner.train_step(microbatches_on_rank(case, 0))
     named = coordinator.engine.stage.logical_parameters()
     return {name: safe_get_full_grad(parameter).float().numpy().copy() for name, parameter in named.items()}
