@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except (UserError, RunError) as error:
         if _speaks():
-            print(f"llama-dist {argv[0]}: {error}", file=sys.stderr)
+            # Some texts begin with the function that complains, which is the command's namesake.
+            print(f"llama-dist {argv[0]}: {str(error).removeprefix(f'{argv[0]}: ')}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_ERROR
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing more may be written there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _speaks() -> bool:
     """Whether this process is the first rank of its launcher: all ranks find a mistake, a reader is told once."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+    rank = next((os.environ[name] for name in names if name in os.environ), "0")
+    return not (rank.isdigit() and int(rank))  # whoever has no proper rank has something to tell, too
 
 
 def _overview() -> argparse.ArgumentParser:
