@@ -143,7 +143,7 @@ def num_elements(stage: Stage) -> int:
 
 def deepspeed_config(run: RunConfig, *, dtype: torch.dtype, device: torch.device, numel: int) -> dict[str, Any]:
     """The DeepSpeed configuration of one stage with `numel` elements."""
-    bucket = min(MAX_BUCKET, numel)
+    bucket = min(MAX_BUCKET, -(-numel // 1024) * 1024)  # DeepSpeed wants a multiple of its alignment
     return {
         # Batches and accumulation are the runner's; DeepSpeed only wants numbers, and must divide by nothing.
         "train_micro_batch_size_per_gpu": 1,
