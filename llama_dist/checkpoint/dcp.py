@@ -168,6 +168,9 @@ class RawWriter(StorageWriter):
         with HashingFile(self.folder / name) as file:
             for item in plan.items:
                 data = planner.resolve_data(item).detach().cpu().contiguous()
+                # A state that diverged in the very step that is saved would otherwise become the newest good one.
+                if not bool(torch.isfinite(data).all()):
+                    raise ValueError(f"{item.index.fqn} holds values that are not finite numbers")
                 start = file.size
                 file.write(data.flatten().view(torch.uint8).numpy())
                 places.append((item, start, file.size - start))

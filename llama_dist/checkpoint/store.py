@@ -135,7 +135,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         body = json.loads((path / MANIFEST).read_text())
         checksum = body.pop("checksum")
         found = _checksum(body)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / MANIFEST}: cannot be read: {error}") from error
     if found != checksum:
         raise ValueError(f"{path / MANIFEST}: its sha256 is {found}, expected {checksum}")
@@ -204,9 +204,16 @@ def _gather(problems: list[str], group: dist.ProcessGroup | None) -> list[str]:
     return sorted({problem for one in everyone for problem in one})
 
 
-def prune(folder: Path, *, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` committed folders; returns those deleted."""
-    doomed = list_committed(folder)[max(keep, 1) :]
+def prune(folder: Path, *, keep: int, damaged: Sequence[Path] = ()) -> list[Path]:
+    """Delete all but the newest `keep` committed folders; returns those deleted.
+
+    `damaged` ones are known not to verify: they do not count, and go when a newer one is there.
+    """
+    committed = list_committed(folder)
+    good = [path for path in committed if path not in damaged]
+    kept = good[: max(keep, 1)]
+    older = committed[committed.index(kept[0]) :] if kept else []
+    doomed = [path for path in older if path not in kept]
     for path in doomed:
         discard(path)
     return doomed

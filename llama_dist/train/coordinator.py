@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.text import Text
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from llama_dist.checkpoint.store import (
     Position,
     SaveError,
     clean_leftovers,
+    list_committed,
     load_pieces,
     prune,
     save_checkpoint,
@@ -68,6 +70,7 @@ class Coordinator:
     steps_log: StepLog | None = None
     last_results: Results = field(default_factory=dict)
     saved_at: int = -1
+    damaged: list[Path] = field(default_factory=list)  # committed folders that were passed over at the start
 
     @property
     def folder(self) -> Path:
@@ -84,6 +87,9 @@ class Coordinator:
         """Continue from a checkpoint that verified, or draw the initial weights. Collective."""
         if self.ledger:
             clean_leftovers(self.folder / "checkpoints")
+            newer = list_committed(self.folder / "checkpoints")
+            # Whatever is newer than the newest that verifies does not verify.
+            self.damaged = newer[: newer.index(checkpoint.path)] if checkpoint else newer
         if checkpoint is None:
             self._draw_weights()
             self.engine.refresh()
@@ -92,7 +98,7 @@ class Coordinator:
         self.engine.set_step(checkpoint.position.step)
         self.engine.refresh()
         self.saved_at = checkpoint.position.step
-        self.tell(f"resumed from {checkpoint.path}", "resume", step=checkpoint.position.step, bytes_read=read)
+        self.tell(f"resumed from {escape(str(checkpoint.path))}", "resume", step=checkpoint.position.step, bytes_read=read)
         return checkpoint.position
 
     def _draw_weights(self) -> None:
@@ -155,8 +161,6 @@ class Coordinator:
         """Save and prune. Collective. A save that fails is loud and the run goes on with the checkpoints before."""
         checkpoints = self.folder / "checkpoints"
         try:
-            if self.ledger:
-                checkpoints.mkdir(exist_ok=True)
             path = save_checkpoint(
                 checkpoints,
                 position,
@@ -166,13 +170,23 @@ class Coordinator:
                 group=self.runtime.groups.control,
             )
         except SaveError as error:
-            self.tell(f"[red]{error}[/]", "save_failed", step=position.step, reason=str(error))
+            self.tell(f"[red]{escape(str(error))}[/]", "save_failed", step=position.step, reason=str(error))
             return
         self.saved_at = position.step
+        self.tell(f"[dim]saved {escape(str(path))}[/]", "save", step=position.step)
         if self.ledger:
-            pruned = [doomed.name for doomed in prune(checkpoints, keep=self.run.checkpoint.keep)]
-            self.tell(f"[dim]saved {path}[/]", "save", step=position.step, pruned=pruned)
+            self._prune(path)
         self.start_clock()
+
+    def _prune(self, saved: Path) -> None:
+        self.damaged = [path for path in self.damaged if path != saved]  # the new one took its place
+        try:
+            pruned = prune(saved.parent, keep=self.run.checkpoint.keep, damaged=self.damaged)
+        except OSError as error:
+            self.tell(f"[red]old checkpoints stay: {escape(str(error))}[/]", "prune_failed", reason=str(error))
+            return
+        if pruned:
+            self.ledger.write("prune", pruned=[path.name for path in pruned])
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint says of the run beside its tensors. All randomness is a function of the seeds here."""
@@ -193,9 +207,12 @@ class Coordinator:
         if not self.ledger or not self.last_results:
             return
         body = {"step": position.step, "samples": position.samples, "results": self.last_results}
-        (self.folder / "evals").mkdir(exist_ok=True)
         name = f"step-{position.step:08d}.json"
-        write_file(self.folder / "evals" / name, json.dumps(body, indent=1).encode())
+        try:
+            (self.folder / "evals").mkdir(exist_ok=True)
+            write_file(self.folder / "evals" / name, json.dumps(body, indent=1).encode())
+        except OSError as error:  # the results still go to console, ledger and metrics
+            self.tell(f"[red]{escape(str(error))}[/]", "results_not_kept", step=position.step, reason=str(error))
         for task, result in self.last_results.items():
             self.tell(f"[cyan]eval[/] {describe(task, result)}", "eval", step=position.step, task=task, **result)
             numbers = {f"eval/{Path(task).stem}/{key}": value for key, value in result.items()}

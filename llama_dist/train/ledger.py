@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -14,6 +15,8 @@ from llama_dist.files import append_lines, sync_folder
 
 LEDGER = "ledger.jsonl"
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -23,12 +26,18 @@ class Ledger:
     attempt: int
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one JSON line; flushed to disk, since it is what remains after a crash."""
+        """Append one JSON line; flushed to disk, since it is what remains after a crash.
+
+        A disk that takes no line is not a reason to end the run: the line goes to the log instead.
+        """
         line = {"at": round(time.time(), 3), "attempt": self.attempt, "event": event, **fields}
-        with append_lines(self.folder / LEDGER) as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with append_lines(self.folder / LEDGER) as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            log.error("%s: %s; lost: %s", self.folder / LEDGER, error.strerror, json.dumps(line))
 
     def successor(self) -> str | None:
         """Who has begun a later attempt of this run and so has taken it over, or None."""

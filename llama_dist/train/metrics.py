@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import deque
 from pathlib import Path
@@ -14,6 +15,8 @@ from rich.console import Console
 
 from llama_dist.files import append_lines, read_json_lines
 from llama_dist.runtime import device_name, peak_memory_bytes
+
+log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 GIB = 2**30
@@ -123,9 +126,12 @@ class StepLog:
         )
 
     def write(self, *, step: int, samples: int, **fields: float) -> None:
-        """Append one line to metrics.jsonl and the same numbers to TensorBoard."""
+        """Append one line to metrics.jsonl and the same numbers to TensorBoard. A full disk costs lines, not the run."""
         line = {"step": step, "samples": samples, "attempt": self._attempt, **fields}
-        self._file.write(json.dumps(line) + "\n")
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log.error("%s: %s; lost: %s", METRICS, error.strerror, json.dumps(line))
         if self._monitor.enabled:
             tags = {name if "/" in name else f"train/{name}": value for name, value in fields.items()}
             self._monitor.write_events([(tag, value, step) for tag, value in tags.items()])
