@@ -1,0 +1,327 @@
+"""What one layout saves, any other loads: the same logical tensors, the same curve; and nothing damaged is loaded."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_runs import (
+    Case,
+    Shares,
+    assemble,
+    coordinator_on_rank,
+    ledger_events,
+    position_at,
+    restore_on_rank,
+    state_on_rank,
+    steps_on_rank,
+)
+from workers import pool
+
+from llama_dist import files
+from llama_dist.checkpoint.pieces import moment_name
+from llama_dist.checkpoint.store import MANIFEST, list_committed, newest_valid, read_checkpoint, verify
+from llama_dist.checkpoint.whole import load_model
+from llama_dist.errors import UserError
+from llama_dist.pipeline.partitions import MOMENTS
+
+BEFORE, AFTER = 3, 2  # steps before and after the save
+LAYOUTS = [(dp, zero) for dp in (1, 2, 4) for zero in (1, 2, 3)]
+State = dict[str, dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a rank has after the save or load, and two steps later."""
+
+    at_save: Shares
+    curve: list[tuple[float, float]]
+    at_end: Shares
+
+
+def save_on_rank(case: Case) -> Reached:
+    coordinator = coordinator_on_rank(case)
+    steps_on_rank(coordinator, case, restore_on_rank(coordinator), BEFORE)
+    at_save = state_on_rank(coordinator)
+    coordinator.save(position_at(BEFORE))
+    curve = steps_on_rank(coordinator, case, position_at(BEFORE), AFTER)
+    return Reached(at_save, curve, state_on_rank(coordinator))
+
+
+def load_on_rank(case: Case) -> Reached:
+    coordinator = coordinator_on_rank(case)
+    position = restore_on_rank(coordinator)
+    assert position == position_at(BEFORE), "the run goes on where it was saved"
+    at_save = state_on_rank(coordinator)
+    curve = steps_on_rank(coordinator, case, position, AFTER)
+    return Reached(at_save, curve, state_on_rank(coordinator))
+
+
+@dataclass(frozen=True)
+class Saved:
+    case: Case
+    at_save: State
+    curve: list[tuple[float, float]]
+    at_end: State
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("checkpoints")
+    saved.cache_clear()
+
+
+@lru_cache
+def saved(folder: Path, dp: int, zero: int, precision: str = "fp32", tied: bool = False) -> Saved:
+    """A run that was saved after three steps and went on for two."""
+    path = folder / f"dp{dp}-zero{zero}-{precision}-{tied}"
+    case = Case(zero=zero, micro_batch=2, precision=precision, tied=tied, folder=str(path))
+    return gathered(case, pool(dp).run(save_on_rank, case))
+
+
+def loaded(case: Case, dp: int) -> Saved:
+    return gathered(case, pool(dp).run(load_on_rank, case))
+
+
+def gathered(case: Case, ranks: list[Reached]) -> Saved:
+    at_save, at_end = ([getattr(reached, at) for reached in ranks] for at in ("at_save", "at_end"))
+    return Saved(case, assemble(case, at_save), ranks[0].curve, assemble(case, at_end))
+
+
+def assert_same_bits(a: State, b: State) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        for key in a[name]:
+            assert np.array_equal(a[name][key], b[name][key]), f"{key} of {name}"
+
+
+def pairs() -> list[tuple[int, int, int, int]]:
+    """Every layout saves and loads itself and three others, so that each is also loaded by three others."""
+    offsets = (0, 1, 4, 6)
+    count = len(LAYOUTS)
+    return [(*LAYOUTS[i], *LAYOUTS[(i + by) % count]) for i in range(count) for by in offsets]
+
+
+@pytest.mark.parametrize(("dp", "zero", "to_dp", "to_zero"), pairs())
+def test_any_layout_loads_what_any_saved(folder: Path, dp: int, zero: int, to_dp: int, to_zero: int) -> None:
+    source = saved(folder, dp, zero)
+    target = loaded(replace(source.case, zero=to_zero), to_dp)
+    assert_same_bits(target.at_save, source.at_save)
+    if (dp, zero) == (to_dp, to_zero):
+        assert target.curve == source.curve
+        assert_same_bits(target.at_end, source.at_end)
+    np.testing.assert_allclose(target.curve, source.curve, rtol=1e-5)
+    assert any((source.at_save[n]["exp_avg"] != 0).all() for n in source.at_save), "there were moments to carry over"
+
+
+@pytest.mark.parametrize(("dp", "zero", "to_dp", "to_zero"), [(2, 3, 2, 3), (2, 1, 2, 1), (2, 2, 2, 2), (2, 1, 4, 3)])
+def test_bfloat16_runs_go_on_from_float32_state(folder: Path, dp: int, zero: int, to_dp: int, to_zero: int) -> None:
+    source = saved(folder, dp, zero, precision="bf16")
+    target = loaded(replace(source.case, zero=to_zero), to_dp)
+    assert_same_bits(target.at_save, source.at_save)
+    if (dp, zero) == (to_dp, to_zero):
+        assert target.curve == source.curve
+        assert_same_bits(target.at_end, source.at_end)
+    np.testing.assert_allclose(target.curve, source.curve, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("dp", "zero", "to_dp", "to_zero"), [(2, 3, 1, 1), (1, 2, 4, 3)])
+def test_a_tied_head_is_saved_once_and_stays_tied(folder: Path, dp: int, zero: int, to_dp: int, to_zero: int) -> None:
+    source = saved(folder, dp, zero, tied=True)
+    assert "lm_head.weight" not in source.at_save
+    target = loaded(replace(source.case, zero=to_zero), to_dp)
+    assert_same_bits(target.at_save, source.at_save)
+    np.testing.assert_allclose(target.curve, source.curve, rtol=1e-5)
+
+
+def test_the_save_is_read_whole_in_one_plain_process(folder: Path) -> None:
+    source = saved(folder, 2, 3)
+    checkpoint, passed_over = newest_valid(Path(source.case.folder) / "checkpoints")
+    assert passed_over == []
+    for name, parameter in load_model(checkpoint).named_parameters():
+        assert np.array_equal(parameter.detach().numpy(), source.at_save[name]["master"])
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_rank_reads_its_share_and_no_more(folder: Path, zero: int, tmp_path: Path) -> None:
+    source = saved(folder, 2, 3)
+    shutil.copytree(source.case.folder, tmp_path / "run")
+    total = sum(a.nbytes for arrays in source.at_save.values() for a in arrays.values())
+    read = pool(4).run(bytes_on_rank, replace(source.case, zero=zero, folder=str(tmp_path / "run")))
+    assert sum(read) == total
+    assert max(read) < 1.1 * total / 4
+
+
+def bytes_on_rank(case: Case) -> int:
+    coordinator = coordinator_on_rank(case)
+    bytes_read: list[int] = []
+    coordinator.tell = lambda *args, **fields: bytes_read.append(fields["bytes_read"])  # every rank's own figure
+    restore_on_rank(coordinator)
+    return bytes_read[0]
+
+
+# A damaged checkpoint is named and passed over by all ranks.
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+FILES = ("rank-00000.bin", "rank-00001.bin", "tensors.json", MANIFEST)
+
+
+def two_saves_on_rank(case: Case) -> list[tuple[float, float]]:
+    coordinator = coordinator_on_rank(case)
+    restore_on_rank(coordinator)
+    curve = []
+    for step in range(4):
+        curve += steps_on_rank(coordinator, case, position_at(step), 1)
+        if step in (1, 3):
+            coordinator.save(position_at(step + 1))
+    return curve
+
+
+def go_on_on_rank(case: Case) -> tuple[int, list[str], list[tuple[float, float]]]:
+    coordinator = coordinator_on_rank(case)
+    checkpoints = Path(case.folder) / "checkpoints"
+    checkpoint, passed_over = newest_valid(checkpoints, group=coordinator.runtime.groups.control)
+    position = coordinator.restore(checkpoint)
+    return position.step, passed_over, steps_on_rank(coordinator, case, position, 4 - position.step)
+
+
+@lru_cache
+def two_saves(folder: Path) -> tuple[Case, list[tuple[float, float]]]:
+    case = Case(folder=str(folder / "two-saves"), micro_batch=2)
+    return case, pool(2).run(two_saves_on_rank, case)[0]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [flip, truncate, empty, remove])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    folder: Path, tmp_path: Path, damage: Any, file: str
+) -> None:
+    case, curve = two_saves(folder)
+    run = tmp_path / "run"
+    shutil.copytree(case.folder, run)
+    newest = list_committed(run / "checkpoints")[0]
+    damage(newest / file)
+    for step, passed_over, again in pool(2).run(go_on_on_rank, replace(case, folder=str(run))):
+        assert step == 2
+        assert len(passed_over) == 1
+        assert str(newest / file) in passed_over[0]
+        assert again == curve[2:]
+    assert newest.is_dir(), "a damaged checkpoint is not deleted by whoever passes it over"
+
+
+def refuse_on_rank(checkpoints: str) -> str:
+    try:
+        newest_valid(Path(checkpoints), group=coordinator_on_rank(Case()).runtime.groups.control)
+    except UserError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_when_none_verifies_all_ranks_refuse_and_nothing_is_deleted(folder: Path, tmp_path: Path) -> None:
+    case, _ = two_saves(folder)
+    shutil.copytree(Path(case.folder) / "checkpoints", tmp_path / "checkpoints")
+    first, second = list_committed(tmp_path / "checkpoints")
+    flip(first / "rank-00000.bin")
+    truncate(second / "rank-00001.bin")
+    before = sorted(tmp_path.rglob("*"))
+    for text in pool(2).run(refuse_on_rank, str(tmp_path / "checkpoints")):
+        assert "none of its 2 checkpoints verifies" in text
+        assert str(first / "rank-00000.bin") in text
+        assert str(second / "rank-00001.bin") in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# A save that fails on one rank is given up by all, and the run goes on.
+
+
+def failing_save_on_rank(case: Case, bad_rank: int, failure: str) -> dict[str, Any]:
+    coordinator = coordinator_on_rank(case, with_ledger=True)
+    steps_on_rank(coordinator, case, restore_on_rank(coordinator), 1)
+    coordinator.save(position_at(1))
+    steps_on_rank(coordinator, case, position_at(1), 1)
+    with broken(failure if coordinator.runtime.rank == bad_rank else "nothing"):
+        coordinator.save(position_at(2))
+    after_failure = coordinator.saved_at
+    curve = steps_on_rank(coordinator, case, position_at(2), 1)
+    coordinator.save(position_at(3))
+    return {"failed": after_failure, "then": coordinator.saved_at, "curve": curve}
+
+
+class broken:
+    """While inside, this process's disk fails in one way."""
+
+    def __init__(self, failure: str) -> None:
+        self.failure = failure
+        self.real = {"write": files.HashingFile.write, "fsync": os.fsync, "mkdir": Path.mkdir, "rename": os.rename}
+
+    def __enter__(self) -> None:
+        def fail(code: int) -> Any:
+            def failing(*args: Any, **kwargs: Any) -> None:
+                raise OSError(code, os.strerror(code))
+
+            return failing
+
+        if self.failure == "full disk":
+            files.HashingFile.write = fail(errno.ENOSPC)
+        elif self.failure == "bad disk":
+            os.fsync = fail(errno.EIO)
+        elif self.failure == "read-only folder":
+            Path.mkdir = fail(errno.EROFS)
+        elif self.failure == "no rename":
+            os.rename = fail(errno.EIO)
+
+    def __exit__(self, *args: object) -> None:
+        files.HashingFile.write, os.fsync = self.real["write"], self.real["fsync"]
+        Path.mkdir, os.rename = self.real["mkdir"], self.real["rename"]
+
+
+FAILURES = [
+    (0, "full disk", "No space left on device"),
+    (1, "full disk", "No space left on device"),
+    (1, "bad disk", "Input/output error"),
+    (0, "bad disk", "Input/output error"),
+    (0, "read-only folder", "Read-only file system"),
+    (0, "no rename", "Input/output error"),
+]
+
+
+@pytest.mark.parametrize(("bad_rank", "failure", "reason"), FAILURES)
+def test_a_failed_save_is_loud_and_the_run_goes_on(tmp_path: Path, bad_rank: int, failure: str, reason: str) -> None:
+    case = Case(folder=str(tmp_path / "run"), micro_batch=2, keep=3)
+    answers = pool(2).run(failing_save_on_rank, case, bad_rank, failure)
+    assert answers[0] == answers[1]
+    assert answers[0]["failed"] == 1
+    assert answers[0]["then"] == 3
+    checkpoints = list_committed(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step-00000003", "step-00000001"]
+    assert [verify(read_checkpoint(path)) for path in checkpoints] == [[], []]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000001", "step-00000003"]
+    failed = [event for event in ledger_events(tmp_path / "run") if event["event"] == "save_failed"]
+    assert [event["step"] for event in failed] == [2]
+    assert reason in failed[0]["reason"]
