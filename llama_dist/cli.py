@@ -29,6 +29,8 @@ EXIT_USER_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A UserError is printed without a traceback and gives status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].startswith("--local_rank="):
+        argv.pop(0)  # the deepspeed launcher puts it before everything else, and says the same in LOCAL_RANK
     if not argv or argv[0] not in COMMANDS:
         _overview().parse_args(argv or ["--help"])
         return 0  # --help and --version end in parse_args, and so does an unknown command, with status 2

@@ -287,6 +287,11 @@ def test_what_needs_no_torch_is_fast(argv: list[str], tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", check, *argv], check=True, capture_output=True, timeout=120)
 
 
+def test_what_the_deepspeed_launcher_adds_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--local_rank=3", "settings", "optim.lr") == 0
+    assert "optim.lr (required)" in capsys.readouterr().out
+
+
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert call() == 0
     overview = capsys.readouterr().out
