@@ -14,6 +14,10 @@ from llama_dist.errors import UserError
 from llama_dist.eval.scoring import Replica, Request, Scorer, fit, log_likelihoods
 
 
+# Not nothing: after a bare start of text a model expects how documents begin, which is no neutral place.
+NEUTRAL = "\n"
+
+
 @dataclass(frozen=True)
 class Choice:
     """One multiple-choice item: which of `choices` continues `context`?"""
@@ -89,14 +93,14 @@ def multiple_choice(
     """How often the right choice scores best, by three scores that lm-evaluation-harness has too.
 
     `accuracy` compares the summed log-likelihoods of the choices, `accuracy_norm` these divided by the choice's bytes,
-    and `accuracy_mutual_info` the log-likelihoods with the context minus those without it, which takes out how likely
-    a choice is by itself (Holtzman et al. 2021, domain-conditional PMI). `chance` is what guessing gives; the standard
-    errors are binomial.
+    and `accuracy_mutual_info` the log-likelihoods after the context minus those after a mere line break, which takes
+    out how likely a choice is by itself (Holtzman et al. 2021, domain-conditional PMI). `chance` is what guessing
+    gives; the standard errors are binomial.
     """
     items = items[: max_samples or len(items)]
     pairs = [(item, choice) for item in items for choice in item.choices]
     given = [_request(tokenizer, item.context, choice, seq_len=seq_len) for item, choice in pairs]
-    alone = [_request(tokenizer, "", choice, seq_len=seq_len) for _, choice in pairs]
+    alone = [_request(tokenizer, NEUTRAL, choice, seq_len=seq_len) for _, choice in pairs]
     scores = log_likelihoods(scorer, given + alone, batch=batch, replica=replica)
     sums, priors = scores[: len(pairs)], scores[len(pairs) :]
     by_byte = [score / len(choice.encode()) for score, (_, choice) in zip(sums, pairs, strict=True)]

@@ -18,12 +18,12 @@ from llama_dist.eval.tasks import Choice, load_choices, multiple_choice, perplex
 
 
 class Letters:
-    """A tokenizer of lower-case letters: bos 1, eos 2, a is 3."""
+    """A tokenizer of lower-case letters and the line break: break 0, bos 1, eos 2, a is 3."""
 
     vocab_size, bos_id, eos_id, fingerprint = 29, 1, 2, "letters"
 
     def encode(self, text: str) -> list[int]:
-        return [ord(letter) - ord("a") + 3 for letter in text]
+        return [0 if letter == "\n" else ord(letter) - ord("a") + 3 for letter in text]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(i - 3 + ord("a")) for i in ids)
@@ -36,8 +36,8 @@ class Bigrams:
         letters = Letters()
         self.rows = torch.full((29, 29), default)
         for pair, value in table.items():
-            previous = letters.bos_id if pair[0] == "^" else letters.encode(pair[0])[0]
-            self.rows[previous, letters.encode(pair[1])[0]] = value
+            previous, following = letters.encode(pair)
+            self.rows[previous, following] = value
         self.longest = 0
 
     def forward_only(self, tokens: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ def choose(items: list[Choice], scorer: Bigrams, *, seq_len: int = 16, max_sampl
 
 
 def test_the_three_accuracies_compare_what_they_say() -> None:
-    # After x: b costs 1, c 2.5, and cc costs 2.5 + 0.3 = 2.8. By themselves: b 0.5, c 9.
-    scorer = Bigrams({"xb": -1.0, "xc": -2.5, "cc": -0.3, "^b": -0.5, "^c": -9.0}, default=-20.0)
+    # After x: b costs 1, c 2.5, and cc costs 2.5 + 0.3 = 2.8. After a line break: b 0.5, c 9.
+    scorer = Bigrams({"xb": -1.0, "xc": -2.5, "cc": -0.3, "\nb": -0.5, "\nc": -9.0}, default=-20.0)
     sums = choose([Choice("x", ("b", "cc"), 0)], scorer)
     # The sum prefers b (-1 to -2.8), and so do bytes (-1 to -1.4); the context says cc (-2.8 + 9.3 to -1 + 0.5).
     assert (sums["accuracy"], sums["accuracy_norm"], sums["accuracy_mutual_info"]) == (1.0, 1.0, 0.0)
