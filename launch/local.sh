@@ -51,7 +51,8 @@ for ((left = ranks; left > 0; )); do
     if [ $code -ne 0 ] && [ $status -eq 0 ]; then
         status=$code
         # The others notice by themselves and say which rank is silent; whoever does not is ended.
-        [ $left -gt 0 ] && (sleep "$grace"; stop KILL) & reaper=$!
+        # Without output of its own: its sleep outlives this script, and must not keep a reader of a pipe waiting.
+        (sleep "$grace"; stop KILL) >/dev/null 2>&1 & reaper=$!
     fi
     unset ended
 done
