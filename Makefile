@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 
 RUN := runs/default
 CONFIG := configs/run/default.yaml
+PROMPTS := "The following example shows how to" "def __init__(self" "Return True if"
 BIN := $(VENV)/bin
 # The build of deepspeed imports torch, and pip must not fetch another torch into an isolated build for it.
 INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip install -qq --no-build-isolation -c constraints.txt
@@ -33,7 +34,7 @@ help:
 
 train: data
 	PYTHON=$(BIN)/python launch/local.sh $(RANKS) $(CONFIG) $(SETTINGS)
-	$(BIN)/llama-dist generate "The following example shows how to" "def __init__(self" "Return True if" --max-new-tokens 40
+	$(BIN)/llama-dist generate $(PROMPTS) --checkpoint $(RUN) --max-new-tokens 40 --temperature 0.7 --top-p 0.9
 	$(BIN)/llama-dist inspect $(RUN)
 
 test: $(VENV)/installed-tests

@@ -13,6 +13,7 @@ from llama_dist.model.hf import load_hf_model
 from llama_dist.model.llama import Llama
 from llama_dist.runtime import best_device
 
+BETWEEN = "-" * 40
 DESCRIPTION = """\
 Continue a prompt with a checkpoint's model, in one process. Without options the likeliest token is taken at each place
 (greedy); --temperature, --top-k and --top-p draw instead, the same again for the same --seed."""
@@ -55,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
     )
-    for prompt, output in zip(prompts, outputs, strict=True):
+    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        if i:
+            print(BETWEEN)
         # Decoded as one text: a tokenizer may write the first piece of a text differently from one inside it.
         marks = (tokenizer.bos_id, tokenizer.eos_id)
         print(tokenizer.decode([token for token in prompt + output if token not in marks]))
