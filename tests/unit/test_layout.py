@@ -57,7 +57,7 @@ def test_a_rank_outside_the_world_is_a_defect() -> None:
 
 @pytest.mark.parametrize(("num_layers", "stages"), [(1, 1), (4, 4), (7, 3), (32, 8), (80, 16), (5, 4)])
 @pytest.mark.parametrize(("first", "last"), [(0.0, 0.0), (0.3, 1.7), (0.0, 4.0)])
-def test_layers_are_consecutive_and_every_stage_has_one(num_layers: int, stages: int, first: float, last: float) -> None:
+def test_layers_are_consecutive_and_no_stage_is_empty(num_layers: int, stages: int, first: float, last: float) -> None:
     parts = split_layers(num_layers, stages=stages, first_cost=first, last_cost=last)
     assert [layer for part in parts for layer in part] == list(range(num_layers))
     assert len(parts) == stages and all(len(part) for part in parts)

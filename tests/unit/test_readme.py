@@ -96,7 +96,8 @@ def test_the_launch_readme_runs(clone: Path) -> None:
     runnable = blocks(LAUNCH, "bash")
     assert runnable
     if not (clone / "runs/tiny/shards/heldout").is_dir():
-        type_in(clone, "\n".join(line for line in commands(steps_block()) if re.search(r"corpus|tokenizer|prepare", line)))
+        making = [line for line in commands(steps_block()) if re.search(r"corpus|tokenizer|prepare", line)]
+        type_in(clone, "\n".join(making))
     losses = []
     for line in (line for block in runnable for line in commands(block)):
         said = type_in(clone, line + " train.steps=4 eval.every=0 checkpoint.every=0")

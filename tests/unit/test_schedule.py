@@ -118,8 +118,8 @@ def test_gradients_are_accumulated_in_the_order_of_the_micro_batches(name: str, 
 
 
 def test_one_stage_is_a_program_without_transfers() -> None:
-    assert [str(action) for action in program("1f1b", PipelineShape(1, 3))[0]] == "F0@0 B0@0 F1@0 B1@0 F2@0 B2@0".split()
-    assert [str(action) for action in program("gpipe", PipelineShape(1, 2))[0]] == "F0@0 F1@0 B0@0 B1@0".split()
+    assert " ".join(map(str, program("1f1b", PipelineShape(1, 3))[0])) == "F0@0 B0@0 F1@0 B1@0 F2@0 B2@0"
+    assert " ".join(map(str, program("gpipe", PipelineShape(1, 2))[0])) == "F0@0 F1@0 B0@0 B1@0"
 
 
 def test_1f1b_on_two_stages_as_in_the_paper() -> None:
@@ -137,7 +137,7 @@ def test_a_schedule_that_can_never_run_is_named(monkeypatch: pytest.MonkeyPatch)
         return [Action("B", 0, rank), Action("F", 0, rank)]
 
     monkeypatch.setitem(SCHEDULES, "upside-down", backward_first)
-    with pytest.raises(ValueError, match=r"'upside-down' with .*pp=2.* can never run: waiting on \{0: 'B0@0', 1: 'B0@1'\}"):
+    with pytest.raises(ValueError, match=r"'upside-down' with .*pp=2.* can never run: .*\{0: 'B0@0', 1: 'B0@1'\}"):
         program("upside-down", PipelineShape(2, 1))
 
 
