@@ -126,11 +126,12 @@ class Coordinator:
         if odd or not math.isfinite(loss):
             raise RunError(self._diverged(position, loss, grad_norm))
         ended = position.step >= self.run.train.steps
-        every = self.run.checkpoint.every
+        save_every, eval_every = self.run.checkpoint.every, self.run.eval.every
         return Decision(
             loss=loss,
-            save=bool(ended or asked or (every and position.step % every == 0)),
-            evaluate=bool(ended or (self.run.eval.every and position.step % self.run.eval.every == 0)),
+            save=bool(ended or asked or (save_every and position.step % save_every == 0)),
+            # Whoever asks to stop does not wait for an evaluation.
+            evaluate=bool(ended or (not asked and eval_every and position.step % eval_every == 0)),
             stop=bool(asked),
         )
 
