@@ -24,7 +24,7 @@ from small_runs import (
     state_on_rank,
     steps_on_rank,
 )
-from workers import pool
+from workers import WorkerFailure, pool
 
 from llama_dist import files
 from llama_dist.checkpoint.pieces import moment_name
@@ -325,3 +325,32 @@ def test_a_failed_save_is_loud_and_the_run_goes_on(tmp_path: Path, bad_rank: int
     failed = [event for event in ledger_events(tmp_path / "run") if event["event"] == "save_failed"]
     assert [event["step"] for event in failed] == [2]
     assert reason in failed[0]["reason"]
+
+
+# A rank that dies within a save.
+
+
+def die_in_save_on_rank(case: Case, victim: int, where: str) -> None:
+    coordinator = coordinator_on_rank(case)
+    steps_on_rank(coordinator, case, restore_on_rank(coordinator), 2)
+    coordinator.save(position_at(2))
+    steps_on_rank(coordinator, case, position_at(2), 1)
+    if coordinator.runtime.rank == victim:
+        owner, name = {"write": (files.HashingFile, "write"), "rename": (os, "rename")}[where]
+        setattr(owner, name, lambda *args: os._exit(9))
+    coordinator.save(position_at(3))
+
+
+@pytest.mark.parametrize(("victim", "where"), [(0, "write"), (1, "write"), (0, "rename")])
+def test_a_rank_that_dies_while_saving_leaves_the_save_before(
+    folder: Path, tmp_path: Path, victim: int, where: str
+) -> None:
+    _, curve = two_saves(folder)
+    case = Case(folder=str(tmp_path / "run"), micro_batch=2)
+    with pytest.raises(WorkerFailure, match=f"rank {victim} of 2 failed ---\nthe process ended with status 9"):
+        pool(2).run(die_in_save_on_rank, case, victim, where)
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-00000002", "step-00000003.partial-1"]
+    for step, passed_over, again in pool(2).run(go_on_on_rank, case):
+        assert (step, passed_over) == (2, [])
+        assert again == curve[2:]
