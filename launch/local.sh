@@ -31,9 +31,8 @@ export MASTER_PORT
 
 pids=()
 stop() { for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done; }
-# A terminal sends Ctrl-C to the ranks as well: the trap only keeps this script waiting for them.
-trap : INT
-trap 'stop TERM' TERM
+# Ctrl-C reaches the ranks too, but until they train they ignore it, as whatever a script starts in the background does.
+trap 'stop TERM' INT TERM
 trap 'stop USR1' USR1
 
 for ((rank = 0; rank < ranks; rank++)); do
@@ -42,19 +41,23 @@ for ((rank = 0; rank < ranks; rank++)); do
 done
 
 status=0
-for ((left = ranks; left > 0; )); do
-    wait -n -p ended "${pids[@]}"
-    code=$?
-    [ -n "${ended:-}" ] || continue   # a signal ended the wait, not a rank
-    left=$((left - 1))
-    for i in "${!pids[@]}"; do [ "${pids[i]}" = "$ended" ] && unset "pids[i]"; done
-    if [ $code -ne 0 ] && [ $status -eq 0 ]; then
-        status=$code
-        # The others notice by themselves and say which rank is silent; whoever does not is ended.
-        # Without output of its own: its sleep outlives this script, and must not keep a reader of a pipe waiting.
-        (sleep "$grace"; stop KILL) >/dev/null 2>&1 & reaper=$!
+killed_at=
+while [ ${#pids[@]} -gt 0 ]; do
+    # In steps, and not by `wait -n`: older shells cannot say which process it was that ended.
+    sleep 0.2 &
+    wait $!
+    for i in "${!pids[@]}"; do
+        kill -0 "${pids[i]}" 2>/dev/null && continue
+        wait "${pids[i]}"
+        code=$?
+        unset "pids[i]"
+        if [ $code -ne 0 ] && [ $status -eq 0 ]; then
+            status=$code
+            killed_at=$((SECONDS + grace))   # until then the others may notice by themselves, and say what they miss
+        fi
+    done
+    if [ -n "$killed_at" ] && [ $SECONDS -ge $killed_at ]; then
+        stop KILL
     fi
-    unset ended
 done
-[ -n "${reaper:-}" ] && kill "$reaper" 2>/dev/null
 exit $status

@@ -12,6 +12,18 @@ from llama_dist.errors import UserError
 from llama_dist.model.llama import Llama
 
 
+def read_whole(path: Path) -> Checkpoint:
+    """The checkpoint in this folder, every file of it checked. Raises UserError with all that is wrong."""
+    try:
+        checkpoint = read_checkpoint(path)
+        problems = verify(checkpoint)
+    except ValueError as error:
+        problems = [str(error)]
+    if problems:
+        raise UserError(f"{path}: is damaged: " + "; ".join(problems))
+    return checkpoint
+
+
 def find_checkpoint(path: str | Path) -> tuple[Checkpoint, list[str]]:
     """The checkpoint that `path` means: a checkpoint folder, or a run folder's newest one that verifies.
 
@@ -21,14 +33,7 @@ def find_checkpoint(path: str | Path) -> tuple[Checkpoint, list[str]]:
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder; name a run folder or a checkpoint in its checkpoints/")
     if (path / MANIFEST).is_file():
-        try:
-            checkpoint = read_checkpoint(path)
-            problems = verify(checkpoint)
-        except ValueError as error:
-            problems = [str(error)]
-        if problems:
-            raise UserError(f"{path}: is damaged: " + "; ".join(problems))
-        return checkpoint, []
+        return read_whole(path), []
     checkpoint, passed_over = newest_valid(path / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{path}: holds no checkpoint; a run saves into checkpoints/ while it trains")
