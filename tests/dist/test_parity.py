@@ -183,6 +183,29 @@ def test_bfloat16_trains_on_float32_masters(zero: int) -> None:
         assert (arrays["master"].astype(np.float64) != torch.tensor(arrays["master"]).bfloat16().double().numpy()).any()
 
 
+def spoilt_step_on_rank(case: Case) -> tuple[float, bool]:
+    """A step in which rank 1 alone gets a gradient of NaN, although every loss is a number."""
+    coordinator = coordinator_on_rank(case)
+    restore_on_rank(coordinator)
+    if coordinator.runtime.rank == 1:
+        coordinator.engine.stage.slice.model.norm.register_full_backward_hook(
+            lambda module, inputs, outputs: tuple(gradient * torch.nan for gradient in inputs)
+        )
+    coordinator.runner.train_step(microbatches_on_rank(case, 0))
+    norm = coordinator.engine.apply_gradients(1e-3)
+    finite = all(np.isfinite(arrays["master"]).all() for *_, arrays in state_on_rank(coordinator))
+    return norm, finite
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_gradient_that_is_no_number_is_known_to_all_ranks(zero: int, precision: str) -> None:
+    """DeepSpeed's norms have said -1 for NaN; the coordinator looks for what is not finite."""
+    for norm, finite in pool(2).run(spoilt_step_on_rank, Case(zero=zero, precision=precision)):
+        assert not np.isfinite(norm)
+        assert finite, "the update is not made"
+
+
 @dataclass(frozen=True)
 class Built:
     """Elements that a rank held while and after it built its stage."""

@@ -38,6 +38,8 @@ from llama_dist.checkpoint.store import (
 )
 from llama_dist.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process, as asked
+
 SHAPES = {"matrix": (7, 5), "optimizer.exp_avg.matrix": (7, 5), "norm": (5,)}
 
 
@@ -199,14 +201,16 @@ def killed_states(work: str, base: Path, scratch: Path) -> Iterator[tuple[list[s
     process = context.Process(target=kill_everywhere, args=(work, base, scratch, theirs))
     process.start()
     theirs.close()
-    while True:
-        k, status, points, folder = ours.recv()
-        assert status in (0, 9), f"the child failed at point {k}: {points[-1:]}"
-        yield points, folder
-        if status == 0:
-            break
-        assert len(points) == k
-    process.join()
+    try:
+        status = 9
+        while status != 0:
+            k, status, points, folder = ours.recv()
+            assert status in (0, 9), f"the child failed at point {k}: {points[-1:]}"
+            assert status == 0 or len(points) == k
+            yield points, folder
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_a_kill_at_any_file_operation_of_save_and_prune_leaves_a_good_checkpoint(tmp_path: Path) -> None:
