@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _speaks() -> bool:
-    """Whether this process is the first rank of its launcher: all ranks find a mistake, a reader is told once."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    """Whether this process is the first of its node: all ranks find a mistake, and some are those of one node only."""
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "RANK")
     rank = next((os.environ[name] for name in names if name in os.environ), "0")
     return not (rank.isdigit() and int(rank))  # whoever has no proper rank has something to tell, too
 

@@ -27,7 +27,7 @@ from llama_dist.checkpoint.store import (
     save_checkpoint,
 )
 from llama_dist.config import RunConfig
-from llama_dist.errors import RunError, UserError
+from llama_dist.errors import RunError
 from llama_dist.eval.scoring import Replica
 from llama_dist.files import write_file
 from llama_dist.model.cuts import logical_shapes
@@ -38,6 +38,7 @@ from llama_dist.runtime import Runtime, all_reduce_sum
 from llama_dist.train.evaluation import Evaluation, Results, describe
 from llama_dist.train.ledger import Ledger
 from llama_dist.train.metrics import StepLog
+from llama_dist.train.resume import changed_settings
 from llama_dist.train.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,12 @@ class Coordinator:
         self.engine.set_step(checkpoint.position.step)
         self.engine.refresh()
         self.saved_at = checkpoint.position.step
-        self.tell(f"resumed from {escape(str(checkpoint.path))}", "resume", step=checkpoint.position.step, bytes_read=read)
+        step, changed = checkpoint.position.step, changed_settings(checkpoint, self.run)
+        self.tell(
+            f"resumed from {escape(str(checkpoint.path))}", "resume", step=step, bytes_read=read, changed=changed
+        )
+        for change in changed:
+            self.tell(f"[yellow]changed since then:[/] {escape(change)}")
         return checkpoint.position
 
     def _draw_weights(self) -> None:
@@ -226,25 +232,3 @@ class Coordinator:
             self.steps_log.say(text)
             if event:
                 self.ledger.write(event, **fields)
-
-
-def check_same_run(checkpoint: Checkpoint, run: RunConfig, *, data_fingerprint: str) -> None:
-    """Refuse to continue a checkpoint under a config that would give another model or another order of the data.
-
-    Layout, precision, learning rate, number of steps and evaluation may change; raises UserError naming what may not.
-    """
-    saved = checkpoint.manifest["config"]
-    now = run.model_dump(mode="json")
-    fixed = [("model", key) for key in now["model"]] + [("data", "seq_len"), ("data", "seed"), ("train", "seed")]
-    changed = [
-        f"{section}.{key}: {saved[section].get(key)} then, {now[section][key]} now"
-        for section, key in fixed
-        if saved[section].get(key) != now[section][key]
-    ]
-    if checkpoint.manifest["data_fingerprint"] != data_fingerprint:
-        changed.append("data.train: other shards or weights than then")
-    if changed:
-        raise UserError(
-            f"{checkpoint.path}: was saved by a run with another config; undo the change or take another `folder`. "
-            + "; ".join(changed)
-        )

@@ -25,11 +25,12 @@ from llama_dist.pipeline.engine import StageEngine, build_monitor
 from llama_dist.pipeline.runner import PipelineRunner
 from llama_dist.pipeline.stage import build_stage
 from llama_dist.runtime import Runtime, is_lost_contact, pick_device, read_environment, start_runtime, stop_runtime
-from llama_dist.train.coordinator import Coordinator, check_same_run
+from llama_dist.train.coordinator import Coordinator
 from llama_dist.train.evaluation import Evaluation
 from llama_dist.train.ledger import Ledger, open_ledger
 from llama_dist.train.loop import train
 from llama_dist.train.metrics import StepLog, duration, peak_tflops, quantity
+from llama_dist.train.resume import check_same_run
 from llama_dist.train.signals import StopRequest, stop_request
 
 log = logging.getLogger("llama_dist")
