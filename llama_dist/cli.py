@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except (UserError, RunError) as error:
-        if _speaks():
+        if argv[0] != "train" or _speaks():
             # Some texts begin with the function that complains, which is the command's namesake.
             print(f"llama-dist {argv[0]}: {str(error).removeprefix(f'{argv[0]}: ')}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_ERROR
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _speaks() -> bool:
     """Whether this process is the first of its node: all ranks find a mistake, and some are those of one node only."""
-    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "RANK")
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
     rank = next((os.environ[name] for name in names if name in os.environ), "0")
-    return not (rank.isdigit() and int(rank))  # whoever has no proper rank has something to tell, too
+    return rank.strip("0123456789") != "" or int(rank or 0) == 0  # whoever has no proper rank has something to tell, too
 
 
 def _overview() -> argparse.ArgumentParser:

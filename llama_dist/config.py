@@ -20,6 +20,7 @@ from llama_dist.layout import Layout
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+UpToABillion = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 PositiveOrZero = Annotated[float, Field(strict=True, ge=0)]
@@ -130,6 +131,8 @@ class DataConfig(Section):
     """Tokens in a sequence."""
     seed: Seed = 0
     """Decides the order of the samples."""
+    verify: Flag = True
+    """Whether each start reads all shards and checks their checksums; the ranks share the reading."""
 
 
 class OptimConfig(Section):
@@ -160,7 +163,7 @@ class TrainConfig(Section):
 
     steps: Count
     """Optimizer updates in the whole run."""
-    global_batch: Count
+    global_batch: UpToABillion
     """Sequences in an update, whatever the layout."""
     seed: Seed = 0
     """Decides the initial weights."""
@@ -168,7 +171,7 @@ class TrainConfig(Section):
     """Of forward and backward (master weights are float32); auto: bf16 on GPUs, fp32 on CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where the machine has them."""
-    timeout_seconds: Count = 600
+    timeout_seconds: UpToABillion = 600
     """How long a rank waits for the others before it gives up."""
 
 

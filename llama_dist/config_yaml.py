@@ -37,6 +37,9 @@ _SCALARS = (
 )
 
 
+MAX_VALUES = 10_000
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -160,11 +163,17 @@ class _Builder:
         self.document = document
         self.where = where
         self.open: set[int] = set()
+        self.built = 0
 
     def build(self, node: yaml.Node, keys: Keys) -> Any:
         self.document.places[keys] = self.place(node)
         if id(node) in self.open:
             return self.complain(node, f"{dotted(keys)} contains itself through an alias")
+        self.built += 1
+        if self.built > MAX_VALUES:  # a few aliases of aliases make millions of values out of a short file
+            if self.built == MAX_VALUES + 1:
+                self.complain(node, f"the file has more than {MAX_VALUES} values, its aliases written out")
+            return None
         self.open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):

@@ -36,7 +36,8 @@ def generate(
     Prompts of unequal length need neither padding nor masks: all advance together from the end of the shortest,
     and at a column where a prompt still goes on, its own token is taken instead of the model's.
     """
-    _check(model.config, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    limits = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    _check(model.config, prompts, **limits)
     if not prompts:
         return []
     lengths = [len(prompt) for prompt in prompts]
@@ -94,18 +95,20 @@ def _check(
     temperature: float,
     top_k: int,
     top_p: float,
+    seed: int,
 ) -> None:
     for name, value, fits, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
         ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0, up to 1"),
+        ("seed", seed, seed >= 0, "0 or more"),
     ):
         if not fits:
             raise UserError(f"generate: {name} is {value}; allowed is {allowed}")
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError(f"generate: prompt {row} has no tokens; begin it with the tokenizer's bos token")
+            raise UserError(f"generate: prompt {row} has no tokens; give at least one")
         if wrong := [token for token in prompt if not 0 <= token < config.vocab_size]:
             known = f"the model has 0 to {config.vocab_size - 1}"
             raise UserError(f"generate: prompt {row} has token {wrong[0]}; {known}; check the tokenizer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import socket
 from collections.abc import Mapping
@@ -71,14 +72,14 @@ def read_environment(env: Mapping[str, str] | None = None) -> Environment:
     Raises UserError where the launcher's variables are incomplete or contradict each other.
     """
     env = os.environ if env is None else env
-    if "RANK" in env and "WORLD_SIZE" in env:
+    if "RANK" in env or "WORLD_SIZE" in env:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "env"
         return _environment(env, launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "OMPI_COMM_WORLD_RANK" in env:
         names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
         return _environment(env, "mpi", *names)
     # A job step has SLURM_STEP_ID; the batch script itself must count as one process.
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+    if env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         return _environment(env, "slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     return Environment("single", 0, 1, 0, "127.0.0.1", 0)
 
@@ -87,15 +88,18 @@ def _environment(env: Mapping[str, str], launcher: str, rank: str, world: str, l
     numbers = {}
     for name, default in ((rank, None), (world, None), (local, "0"), ("MASTER_PORT", "0")):
         text = env.get(name, default)
-        if text is None or not text.isdigit():
+        if text is None or not re.fullmatch("[0-9]{1,9}", text):
+            given = f"{name} is not set" if text is None else f"{name}={text!r} is not a whole number"
             raise UserError(
-                f"environment: {name}={text!r} is not a whole number; the launcher ({launcher}) must set it"
+                f"environment: {given}; {launcher} must set {rank} and {world} together, or neither (then it is one rank)"
             )
         numbers[name] = int(text)
     if not 0 <= numbers[rank] < numbers[world]:
         raise UserError(
             f"environment: {rank}={numbers[rank]} is outside {world}={numbers[world]}; ranks count from 0"
         )
+    if numbers["MASTER_PORT"] > 65535:
+        raise UserError(f"environment: MASTER_PORT={numbers['MASTER_PORT']} is no port; ports go up to 65535")
     address = env.get("MASTER_ADDR", "")
     if numbers[world] > 1 and (not address or not numbers["MASTER_PORT"]):
         raise UserError(
@@ -181,8 +185,12 @@ def start_runtime(environment: Environment, layout: Layout, *, device: torch.dev
 
 def is_lost_contact(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone or silent, and not because of this rank."""
-    texts = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    texts = (
+        "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL", "timeout",
+        "connectFullMesh",
+    )  # fmt: skip
+    lost = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return lost or isinstance(error, dist.DistNetworkError | dist.DistStoreError)
 
 
 def stop_runtime() -> None:
@@ -209,6 +217,15 @@ def _fill_environment(environment: Environment) -> None:
     os.environ["LOCAL_RANK"] = str(environment.local_rank)
     os.environ["MASTER_ADDR"] = environment.master_addr
     os.environ["MASTER_PORT"] = str(environment.master_port)
+
+
+def gather_texts(texts: list[str], *, group: dist.ProcessGroup | None) -> list[str]:
+    """All ranks' texts on every rank, sorted and each once; without a group those of this process."""
+    if group is None:
+        return texts
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, texts, group=group)
+    return sorted({text for one in everyone for text in one})
 
 
 def all_reduce_sum(values: list[float], *, group: dist.ProcessGroup) -> list[float]:

@@ -55,6 +55,10 @@ def _done(value: Any) -> Future:
     return future
 
 
+class NotFiniteError(ValueError):
+    """A state that is to be saved has diverged."""
+
+
 class PieceSavePlanner(SavePlanner):
     """Plans to write this rank's pieces; the coordinator refuses pieces that do not cover each tensor once."""
 
@@ -170,7 +174,7 @@ class RawWriter(StorageWriter):
                 data = planner.resolve_data(item).detach().cpu().contiguous()
                 # A state that diverged in the very step that is saved would otherwise become the newest good one.
                 if not bool(torch.isfinite(data).all()):
-                    raise ValueError(f"{item.index.fqn} holds values that are not finite numbers")
+                    raise NotFiniteError(f"{item.index.fqn} holds values that are not finite numbers")
                 start = file.size
                 file.write(data.flatten().view(torch.uint8).numpy())
                 places.append((item, start, file.size - start))

@@ -27,10 +27,11 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llama_dist.checkpoint.dcp import PieceLoadPlanner, PieceSavePlanner, RawReader, RawWriter
+from llama_dist.checkpoint.dcp import NotFiniteError, PieceLoadPlanner, PieceSavePlanner, RawReader, RawWriter
 from llama_dist.checkpoint.pieces import Piece
 from llama_dist.errors import UserError
 from llama_dist.files import check_file, sync_folder, write_file
+from llama_dist.runtime import gather_texts
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -73,9 +74,10 @@ def save_checkpoint(
 ) -> Path:
     """Write and commit a checkpoint; collective over `group`, which holds all ranks (None: one process).
 
-    `state` goes into the manifest. Raises SaveError on every rank, with the reason, when any rank could not write.
+    `state` goes into the manifest. Raises SaveError on every rank, with the reason, when any rank could not write, and
+    NotFiniteError when the state has diverged.
     """
-    final = folder / f"step-{position.step:08d}"
+    final = folder / folder_name(position)
     partial = folder / f"{final.name}.partial-{attempt}"
     rank = dist.get_rank(group) if group is not None else 0
 
@@ -94,6 +96,9 @@ def save_checkpoint(
     except (CheckpointException, OSError) as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, CheckpointException):
+            if any(isinstance(failure[0], NotFiniteError) for failure in error.failures.values()):
+                raise NotFiniteError(f"{final}: not saved: {_reasons(error)}") from error
         raise SaveError(f"{final}: not saved: {_reasons(error)}") from error
     return final
 
@@ -135,13 +140,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         body = json.loads((path / MANIFEST).read_text())
         checksum = body.pop("checksum")
         found = _checksum(body)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path / MANIFEST}: cannot be read: {error}") from error
     if found != checksum:
         raise ValueError(f"{path / MANIFEST}: its sha256 is {found}, expected {checksum}")
     if body["format"] != FORMAT:
         raise ValueError(f"{path / MANIFEST}: format {body['format']}; this version of llama_dist reads {FORMAT}")
-    return Checkpoint(path, Position(body["step"], body["samples"]), body)
+    position = Position(body["step"], body["samples"])
+    if path.name != folder_name(position):
+        raise ValueError(f"{path}: holds the checkpoint {folder_name(position)}; somebody renamed or copied it")
+    return Checkpoint(path, position, body)
+
+
+def folder_name(position: Position) -> str:
+    """What a checkpoint's folder is called."""
+    return f"step-{position.step:08d}"
 
 
 def verify(checkpoint: Checkpoint, *, part: int = 0, parts: int = 1) -> list[str]:
@@ -176,7 +189,7 @@ def newest_valid(folder: Path, *, group: dist.ProcessGroup | None = None) -> tup
             problems = verify(checkpoint, part=part, parts=parts)
         except ValueError as error:
             problems = [str(error)]
-        problems = _gather(problems, group)
+        problems = gather_texts(problems, group=group)
         if not problems:
             return checkpoint, passed_over
         passed_over += problems
@@ -194,14 +207,6 @@ def _same_everywhere(paths: list[Path], group: dist.ProcessGroup | None) -> list
     if group is not None:
         dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
-
-
-def _gather(problems: list[str], group: dist.ProcessGroup | None) -> list[str]:
-    if group is None:
-        return problems
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(everyone, problems, group=group)
-    return sorted({problem for one in everyone for problem in one})
 
 
 def prune(folder: Path, *, keep: int, damaged: Sequence[Path] = ()) -> list[Path]:
@@ -222,16 +227,28 @@ def prune(folder: Path, *, keep: int, damaged: Sequence[Path] = ()) -> list[Path
 def discard(path: Path) -> None:
     """Delete a committed folder in such an order that it is never half a checkpoint."""
     doomed = path.with_name(path.name + ".pruned")
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete(doomed)
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
 
 
-def clean_leftovers(folder: Path) -> list[Path]:
-    """Delete what an earlier attempt left half-written or half-deleted; returns what was deleted."""
+def clean_leftovers(folder: Path) -> list[str]:
+    """Delete what an earlier attempt left half-written or half-deleted; returns what could not be deleted, and why."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if LEFTOVER.fullmatch(path.name)]
-    for path in found:
+    problems = []
+    for path in folder.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            try:
+                _delete(path)
+            except OSError as error:
+                problems.append(f"{path}: left over, and cannot be deleted: {error.strerror}")
+    return problems
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, or what somebody put in its place; of a link the link only."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    return found
+    else:
+        path.unlink(missing_ok=True)

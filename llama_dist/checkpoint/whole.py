@@ -8,6 +8,7 @@ from llama_dist.boxes import Box
 from llama_dist.checkpoint.pieces import Piece
 from llama_dist.checkpoint.store import MANIFEST, Checkpoint, load_pieces, newest_valid, read_checkpoint, verify
 from llama_dist.config import RunConfig, build_config
+from llama_dist.data.tokenizer import Tokenizer
 from llama_dist.errors import UserError
 from llama_dist.model.llama import Llama
 
@@ -43,6 +44,16 @@ def find_checkpoint(path: str | Path) -> tuple[Checkpoint, list[str]]:
 def config_of(checkpoint: Checkpoint) -> RunConfig:
     """The config that the checkpoint was saved under."""
     return build_config(RunConfig, checkpoint.manifest["config"], where=str(checkpoint.path / MANIFEST))
+
+
+def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Raise UserError where the model was trained on the ids of another tokenizer."""
+    trained_on = checkpoint.manifest.get("tokenizer", tokenizer.fingerprint)
+    if trained_on != tokenizer.fingerprint:
+        raise UserError(
+            f"{checkpoint.path}: was trained with the tokenizer of sha256 {trained_on[:12]}, and this one has "
+            f"{tokenizer.fingerprint[:12]}; name the right file with --tokenizer"
+        )
 
 
 def load_model(checkpoint: Checkpoint) -> Llama:

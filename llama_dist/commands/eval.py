@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
-from llama_dist.checkpoint.whole import config_of, find_checkpoint, load_model
+from llama_dist.checkpoint.whole import check_tokenizer, config_of, find_checkpoint, load_model
 from llama_dist.config import RunConfig, build_config
 from llama_dist.errors import UserError
 from llama_dist.eval.scoring import PlainScorer, Replica
@@ -39,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     checkpoint, passed_over = find_checkpoint(args.checkpoint)
     for problem in passed_over:
-        print(f"checkpoint passed over: {problem}")
+        print(f"checkpoint passed over: {problem}", file=sys.stderr)
     config = _config(config_of(checkpoint), args)
     evaluation = Evaluation(config)
+    check_tokenizer(checkpoint, evaluation.tokenizer)
     results = evaluation(PlainScorer(load_model(checkpoint).to(best_device()), device=best_device()), replica=Replica())
     if not results:
         raise UserError(f"{checkpoint.path}: its run's config names nothing to evaluate; give --heldout or --choices")
@@ -67,4 +69,4 @@ def _config(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     for name, value in (("max_samples", args.max_samples), ("batch", args.batch)):
         if value is not None:
             values["eval"][name] = value
-    return build_config(RunConfig, values, where="llama-dist eval")
+    return build_config(RunConfig, values, where="options")

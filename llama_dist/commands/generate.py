@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from llama_dist.checkpoint.whole import config_of, find_checkpoint, load_model
+from llama_dist.checkpoint.whole import check_tokenizer, config_of, find_checkpoint, load_model
 from llama_dist.data.tokenizer import Tokenizer, load_tokenizer
 from llama_dist.errors import UserError
 from llama_dist.generate import generate
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    for text in args.prompts:
+        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"prompt {text!r}: is not UTF-8 text; check the terminal's encoding")
     model, tokenizer = _load(Path(args.checkpoint), args.tokenizer)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompts = [start + tokenizer.encode(text) for text in args.prompts]
@@ -73,5 +77,7 @@ def _load(folder: Path, tokenizer: str | None) -> tuple[Llama, Tokenizer]:
         return load_hf_model(folder).eval(), load_tokenizer(tokenizer or files[0])
     checkpoint, passed_over = find_checkpoint(folder)
     for problem in passed_over:
-        print(f"checkpoint passed over: {problem}")
-    return load_model(checkpoint), load_tokenizer(tokenizer or config_of(checkpoint).data.tokenizer)
+        print(f"checkpoint passed over: {problem}", file=sys.stderr)
+    loaded = load_tokenizer(tokenizer or config_of(checkpoint).data.tokenizer)
+    check_tokenizer(checkpoint, loaded)
+    return load_model(checkpoint), loaded

@@ -42,6 +42,7 @@ class Loader:
         ]
         self.num_samples = [num_samples(shards, seq_len=data.seq_len) for shards in self._sources]
         self._seq_len = data.seq_len
+        self._vocab_size = vocab_size
         self._seed = data.seed
         self._micro_batch = micro_batch
         self._share = global_batch // dp
@@ -52,7 +53,7 @@ class Loader:
         """A hash of what decides the samples: each source's shard files (not where they lie) and weight."""
         digest = hashlib.sha256()
         for shards, weight in zip(self._sources, self._weights, strict=True):
-            files = shards.manifest.files if shards.manifest else {"tokens": shards.num_tokens}
+            files = shards.manifest.files if shards.manifest else shards.sample_checksums()
             digest.update(json.dumps([files, weight], sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -65,8 +66,14 @@ class Loader:
         return list(torch.from_numpy(np.stack(rows)).split(self._micro_batch))
 
     def _read(self, source: int, sample: int) -> np.ndarray:
-        start = sample * self._seq_len
-        return self._sources[source].tokens(start, start + self._seq_len + 1).astype(np.int64)
+        start, shards = sample * self._seq_len, self._sources[source]
+        row = shards.tokens(start, start + self._seq_len + 1).astype(np.int64)
+        if row.max() >= self._vocab_size:
+            raise UserError(
+                f"{shards.path}: tokens {start} to {start + self._seq_len} hold the id {row.max()}, and "
+                f"model.vocab_size is {self._vocab_size}; the shards are damaged, or are another tokenizer's"
+            )
+        return row
 
 
 def num_samples(shards: Shards, *, seq_len: int) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from llama_dist.errors import UserError
 from llama_dist.files import check_file
@@ -67,8 +68,13 @@ def load_manifest(path: str | Path) -> Manifest:
     if not file.is_file():
         raise UserError(f"{path}: has no {MANIFEST}, so it is not a finished shard directory; make it again")
     try:
-        manifest = Manifest(**json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as error:
+        values = json.loads(file.read_bytes())
+        if isinstance(values, dict) and "tokenizer" not in values:
+            raise UserError(f"{path}: is no shard directory: {MANIFEST} is that of something else")
+        manifest = Manifest(**values)
+    except UserError:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: is damaged ({error}); make the shard directory again") from error
     if manifest.format != FORMAT:
         raise UserError(f"{file}: format is {manifest.format!r}; this version reads {FORMAT!r}; make the shards again")
@@ -76,12 +82,23 @@ def load_manifest(path: str | Path) -> Manifest:
 
 
 def verify(path: str | Path) -> None:
-    """Read every file of a shard directory. Raises UserError that names the first with a wrong size or checksum."""
+    """Read every file of a shard directory. Raises UserError naming those with a wrong size or checksum."""
+    problems = find_damage(path)
+    if problems:
+        raise UserError("; ".join(problems) + "; copy or make the shards again")
+
+
+def find_damage(path: str | Path, *, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the sizes and checksums of a shard directory's files; `parts` callers can share the reading.
+
+    A bare Megatron pair has no checksums to be held to.
+    """
     path = Path(path)
-    for name, expected in load_manifest(path).files.items():
-        problem = check_file(path / name, size=expected["bytes"], checksum=expected["xxh3_128"])
-        if problem is not None:
-            raise UserError(f"{problem}; copy or make the shards again")
+    if not path.is_dir():
+        return []
+    files = sorted(load_manifest(path).files.items())[part::parts]
+    found = [check_file(path / name, size=f["bytes"], checksum=f["xxh3_128"]) for name, f in files]
+    return [problem for problem in found if problem]
 
 
 class Shards:
@@ -130,6 +147,14 @@ class Shards:
         assert 0 <= i < self.num_documents, f"document {i} of {self.num_documents}"
         which = bisect_right(self._document_starts, i) - 1
         return self._pairs[which].document(i - self._document_starts[which])
+
+    def sample_checksums(self) -> dict[str, str]:
+        """A checksum of evenly spread tokens, for shards without a manifest: tells corpora apart without reading all."""
+        starts = np.linspace(0, max(self.num_tokens - 4096, 0), 64).astype(np.int64)
+        digest = xxhash.xxh3_128(str(self.num_tokens).encode())
+        for start in starts.tolist():
+            digest.update(self.tokens(start, min(start + 4096, self.num_tokens)).tobytes())
+        return {"sampled": digest.hexdigest()}
 
     def document_lengths(self) -> np.ndarray:
         """The number of tokens of every document: int64 (num_documents,)."""

@@ -19,6 +19,7 @@ from llama_dist.files import write_file
 BOS_NAMES = ("<s>", "<|begin_of_text|>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 CHUNK_CHARACTERS = 1 << 18
+MAX_VOCAB_SIZE = 10_000_000
 SAMPLE_BYTES = 32 << 20
 LINE_CHARACTERS = 2000
 """sentencepiece drops a line longer than `max_sentence_length` bytes; longer ones are cut at this many characters."""
@@ -157,6 +158,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: str | Path) -
     Raises UserError where there is no text, the text is too small or too rich for `vocab_size`, or `out` is another.
     """
     out = Path(out)
+    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f"vocab_size={vocab_size}: must be from 1 to {MAX_VOCAB_SIZE}; 4096 to 128000 are usual")
     lines = sample_lines(texts, max_bytes=SAMPLE_BYTES)
     if not lines:
         raise UserError(f"tokenizer {out}: the input has no text; give at least a few kilobytes of it")

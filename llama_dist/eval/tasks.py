@@ -31,7 +31,7 @@ def load_choices(path: str | Path) -> list[Choice]:
     """Read a benchmark of JSON lines {"context", "choices", "answer"}. UserError names the line that is broken."""
     try:
         # Not splitlines: JSON may hold a bare U+2028 or U+0085, which that takes for the end of a line.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as multiple choice: {error}; check eval.choices") from error
     items = [_choice(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -47,7 +47,8 @@ def _choice(line: str, where: str) -> Choice:
         fine = isinstance(item.context, str) and isinstance(record["choices"], list)
         fine = fine and all(isinstance(c, str) and c for c in item.choices)
         fine = fine and len(item.choices) > 1 and type(item.answer) is int and 0 <= item.answer < len(item.choices)
-    except (ValueError, KeyError, TypeError):
+        "".join((item.context, *item.choices)).encode()  # half a surrogate pair, as JSON can escape it, is no text
+    except (ValueError, KeyError, TypeError, RecursionError):
         fine = False
     if not fine:
         raise UserError(
@@ -105,7 +106,9 @@ def multiple_choice(
     sums, priors = scores[: len(pairs)], scores[len(pairs) :]
     by_byte = [score / len(choice.encode()) for score, (_, choice) in zip(sums, pairs, strict=True)]
     gains = [score - prior for score, prior in zip(sums, priors, strict=True)]
-    results: dict[str, float] = {"items": len(items)}
+    # A choice that alone is longer than the model's reach is scored by its end only; who reads the result must know.
+    cut = sum(request.scored_from == 1 and len(request.tokens) > seq_len for request in alone)
+    results: dict[str, float] = {"items": len(items), "choices_cut": cut}
     for name, ranked in (("accuracy", sums), ("accuracy_norm", by_byte), ("accuracy_mutual_info", gains)):
         share = _share_right(items, ranked)
         results[name] = share

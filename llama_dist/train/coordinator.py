@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from llama_dist import __version__
+from llama_dist.checkpoint.dcp import NotFiniteError
 from llama_dist.checkpoint.pieces import Piece, pieces_of_shares
 from llama_dist.checkpoint.store import (
     Checkpoint,
@@ -87,7 +88,8 @@ class Coordinator:
     def restore(self, checkpoint: Checkpoint | None) -> Position:
         """Continue from a checkpoint that verified, or draw the initial weights. Collective."""
         if self.ledger:
-            clean_leftovers(self.folder / "checkpoints")
+            for problem in clean_leftovers(self.folder / "checkpoints"):
+                self.tell(f"[red]{escape(problem)}[/]", "leftover", reason=problem)
             newer = list_committed(self.folder / "checkpoints")
             # Whatever is newer than the newest that verifies does not verify.
             self.damaged = newer[: newer.index(checkpoint.path)] if checkpoint else newer
@@ -130,7 +132,7 @@ class Coordinator:
         if fenced:
             raise RunError(f"{self.folder}: {successor or 'a later attempt'} has taken over; this one stops unsaved")
         if odd or not math.isfinite(loss):
-            raise RunError(self._diverged(position, loss, grad_norm))
+            raise RunError(self._diverged(position, f"loss {loss}, gradient norm {grad_norm}"))
         ended = position.step >= self.run.train.steps
         save_every, eval_every = self.run.checkpoint.every, self.run.eval.every
         return Decision(
@@ -141,11 +143,10 @@ class Coordinator:
             stop=bool(asked),
         )
 
-    def _diverged(self, position: Position, loss: float, grad_norm: float) -> str:
+    def _diverged(self, position: Position, what: str) -> str:
         first = position.samples - self.run.train.global_batch
         text = (
-            f"step {position.step}: loss {loss}, gradient norm {grad_norm}, on samples {first} to "
-            f"{position.samples - 1} of the run; the state is not saved, the newest checkpoint is that of step "
+            f"step {position.step}: {what}, on samples {first} to {position.samples - 1} of the run; the state is not saved, the newest checkpoint is that of step "
             f"{max(self.saved_at, 0)}; lower optim.lr, or look at the data of that step"
         )
         if self.ledger:
@@ -165,7 +166,10 @@ class Coordinator:
             )
 
     def save(self, position: Position) -> None:
-        """Save and prune. Collective. A save that fails is loud and the run goes on with the checkpoints before."""
+        """Save and prune. Collective. A save that fails is loud and the run goes on with the checkpoints before.
+
+        Raises RunError when the step's update has diverged.
+        """
         checkpoints = self.folder / "checkpoints"
         try:
             path = save_checkpoint(
@@ -176,6 +180,8 @@ class Coordinator:
                 attempt=self.attempt,
                 group=self.runtime.groups.control,
             )
+        except NotFiniteError as error:
+            raise RunError(self._diverged(position, str(error))) from error
         except SaveError as error:
             self.tell(f"[red]{escape(str(error))}[/]", "save_failed", step=position.step, reason=str(error))
             return
@@ -200,6 +206,7 @@ class Coordinator:
         return {
             "layout": asdict(self.runtime.layout) | {"zero": self.run.parallel.zero},
             "data_fingerprint": self.data_fingerprint,
+            "tokenizer": self.evaluation.tokenizer.fingerprint,
             "config": self.run.model_dump(mode="json"),
             "versions": {"llama_dist": __version__, "torch": torch.__version__},
         }

@@ -17,14 +17,14 @@ class Evaluation:
     def __init__(self, run: RunConfig) -> None:
         """Raises UserError for files that are missing or broken, before any training time is spent."""
         self._run = run
-        self._tokenizer = load_tokenizer(run.data.tokenizer)
+        self.tokenizer = load_tokenizer(run.data.tokenizer)
         self._choices = {path: load_choices(path) for path in run.eval.choices}
         self._heldout = None
         if run.eval.perplexity and run.data.heldout is not None:
             self._heldout = open_shards(
                 run.data.heldout,
                 tokenizer=run.data.tokenizer,
-                fingerprint=self._tokenizer.fingerprint,
+                fingerprint=self.tokenizer.fingerprint,
                 vocab_size=run.model.vocab_size,
             )
 
@@ -39,7 +39,7 @@ class Evaluation:
         if self._heldout is not None:
             results["heldout"] = perplexity(scorer, self._heldout, **shared)
         for path, items in self._choices.items():
-            results[path] = multiple_choice(scorer, items, self._tokenizer, **shared)
+            results[path] = multiple_choice(scorer, items, self.tokenizer, **shared)
         return results
 
 
@@ -50,8 +50,9 @@ def describe(task: str, result: dict[str, float]) -> str:
             f"{task}: loss {result['loss']:.4f} nats/token, perplexity {result['perplexity']:.2f} "
             f"({result['documents']:.0f} documents, {result['tokens']:.0f} tokens)"
         )
+    cut = f"; {result['choices_cut']:.0f} choices longer than the model's reach" if result["choices_cut"] else ""
     return (
         f"{task}: accuracy {result['accuracy']:.1%}, by bytes {result['accuracy_norm']:.1%}, by mutual information "
         f"{result['accuracy_mutual_info']:.1%} +- {result['accuracy_mutual_info_stderr']:.1%} "
-        f"(chance {result['chance']:.1%}; {result['items']:.0f} questions)"
+        f"(chance {result['chance']:.1%}; {result['items']:.0f} questions{cut})"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -41,18 +42,21 @@ class Ledger:
 
     def successor(self) -> str | None:
         """Who has begun a later attempt of this run and so has taken it over, or None."""
-        newest = _attempts(self.folder)[-1]
-        if newest == self.attempt:
+        newest = max(_attempts(self.folder), default=0)
+        if newest <= self.attempt:  # less where somebody has deleted the record of this one
             return None
-        owner = json.loads(_attempt_file(self.folder, newest).read_text() or "{}")
-        return f"attempt {newest} on host {owner.get('host')} (pid {owner.get('pid')})"
+        try:
+            owner = json.loads(_attempt_file(self.folder, newest).read_text())
+            return f"attempt {newest} on host {owner['host']} (pid {owner['pid']})"
+        except (OSError, ValueError, KeyError, TypeError):  # being written
+            return f"attempt {newest}"
 
 
 def open_ledger(folder: Path, **fields: Any) -> Ledger:
     """Take the next attempt number of a run folder and record who holds it, with `fields`."""
     (folder / "attempts").mkdir(parents=True, exist_ok=True)
     while True:
-        attempt = (_attempts(folder) or [0])[-1] + 1
+        attempt = max(_attempts(folder), default=0) + 1
         try:
             # Exclusive creation: of two runs that start at once, one takes the number and the other the next.
             with open(_attempt_file(folder, attempt), "x", encoding="utf-8") as file:
@@ -70,4 +74,5 @@ def _attempt_file(folder: Path, attempt: int) -> Path:
 
 
 def _attempts(folder: Path) -> list[int]:
-    return sorted(int(path.stem) for path in (folder / "attempts").glob("*.json") if path.stem.isdigit())
+    files = (folder / "attempts").glob("*.json")
+    return [int(file.stem) for file in files if re.fullmatch(r"[0-9]{5,}", file.stem)]

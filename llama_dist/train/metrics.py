@@ -102,6 +102,7 @@ class StepLog:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._recent: deque[float] = deque(maxlen=20)
         self._since = time.perf_counter()
+        self._monitor_failed = False
 
     def start_clock(self) -> None:
         """Begin timing the next step here, so that saves and evaluations do not count as training time."""
@@ -119,7 +120,7 @@ class StepLog:
         fields = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens_per_second": round(rate, 1)}
         fields |= {"mfu": round(mfu, 4), "memory_gib": round(memory, 3), "step_seconds": round(seconds, 4)}
         self.write(step=step, samples=samples, **fields)
-        self._console.print(
+        self.say(
             f"[bold]step {step:>{len(str(self._steps))}}[/]/{self._steps}  [green]loss {loss:.4f}[/]  "
             f"grad {grad_norm:.3f}  lr {lr:.2e}  {quantity(rate)} tok/s  mfu {mfu:.1%}  mem {memory:.2f} GiB  "
             f"[dim]eta {eta}[/]"
@@ -132,18 +133,26 @@ class StepLog:
             self._file.write(json.dumps(line) + "\n")
         except OSError as error:
             log.error("%s: %s; lost: %s", METRICS, error.strerror, json.dumps(line))
-        if self._monitor.enabled:
+        if self._monitor.enabled and not self._monitor_failed:
             tags = {name if "/" in name else f"train/{name}": value for name, value in fields.items()}
-            self._monitor.write_events([(tag, value, step) for tag, value in tags.items()])
+            try:
+                self._monitor.write_events([(tag, value, step) for tag, value in tags.items()])
+            except Exception as error:  # its writer is a thread that ends at its first error, of whatever kind
+                self._monitor_failed = True
+                log.error("TensorBoard: %s; no more of it in this start", error)
 
     def say(self, text: str) -> None:
-        """A line for the reader between the steps; `text` may hold rich markup."""
-        self._console.print(text)
+        """A line for the reader; `text` may hold rich markup. A console that is gone costs its lines, not the run."""
+        try:
+            self._console.print(text)
+        except OSError as error:
+            log.error("console: %s; lost: %s", error.strerror, text)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The run's step lines in order; a step done again after a restart counts with its last line only."""
     lines: dict[tuple[int, bool], dict[str, Any]] = {}
     for line in read_json_lines(path):
-        lines[line["step"], "loss" in line] = line
+        if "step" in line:
+            lines[line["step"], "loss" in line] = line
     return [lines[key] for key in sorted(lines) if key[1]]

@@ -16,7 +16,7 @@ from llama_dist import __version__
 from llama_dist.checkpoint.store import Position, newest_valid
 from llama_dist.config import RunConfig, dump_config, fit_layout, micro_batch_of
 from llama_dist.data.loader import Loader
-from llama_dist.data.shards import Shards
+from llama_dist.data.shards import Shards, find_damage
 from llama_dist.errors import RunError, UserError
 from llama_dist.eval.scoring import Replica
 from llama_dist.files import write_file
@@ -24,7 +24,7 @@ from llama_dist.model.cuts import flops_per_token, num_parameters
 from llama_dist.pipeline.engine import StageEngine, build_monitor
 from llama_dist.pipeline.runner import PipelineRunner
 from llama_dist.pipeline.stage import build_stage
-from llama_dist.runtime import Runtime, is_lost_contact, pick_device, read_environment, start_runtime, stop_runtime
+from llama_dist.runtime import Runtime, gather_texts, is_lost_contact, pick_device, read_environment, start_runtime, stop_runtime
 from llama_dist.train.coordinator import Coordinator
 from llama_dist.train.evaluation import Evaluation
 from llama_dist.train.ledger import Ledger, open_ledger
@@ -36,7 +36,7 @@ from llama_dist.train.signals import StopRequest, stop_request
 log = logging.getLogger("llama_dist")
 
 EXIT_DONE = 0
-EXIT_LOST = 1  # another rank died or fell silent
+EXIT_LOST = EXIT_UNSAVED = 1  # another rank died or fell silent; the last save failed
 EXIT_STOPPED = 75  # asked to stop, saved, not finished: launchers start the run again on this status
 
 
@@ -58,9 +58,12 @@ def run_training(run: RunConfig) -> int:
         dp_rank=coord.dp,
     )
     evaluation = Evaluation(run)
-    start_log(Path(run.folder), environment.rank)
-    runtime = start_runtime(environment, layout, device=device, timeout_seconds=run.train.timeout_seconds)
     try:
+        start_log(Path(run.folder), environment.rank)
+    except (OSError, ValueError) as error:
+        raise UserError(f"folder={run.folder}: cannot be written to: {error}; name another run folder") from error
+    try:
+        runtime = start_runtime(environment, layout, device=device, timeout_seconds=run.train.timeout_seconds)
         with stop_request() as request:
             return _resume_or_start(run, runtime, loader, evaluation, request)
     except (UserError, RunError) as error:
@@ -68,15 +71,18 @@ def run_training(run: RunConfig) -> int:
         raise
     except Exception as error:
         # The log file has the whole story of each rank; a launcher mixes the ranks' stderr into one stream.
-        log.exception("rank %d failed", runtime.rank)
-        who = f"llama-dist train: rank {runtime.rank} {runtime.coord}"
-        if is_lost_contact(error):
-            reason = str(error).splitlines()[0]
-            print(f"{who} lost contact with another rank, whose log in {run.folder}/logs may say why: {reason}",
-                  file=sys.stderr)  # fmt: skip
-            return EXIT_LOST
-        print(f"{who} failed: {error!r}", file=sys.stderr)
-        raise
+        who = f"rank {environment.rank} {coord}"
+        log.exception("%s failed", who)
+        if not is_lost_contact(error):
+            print(f"llama-dist train: {who} failed: {error!r}", file=sys.stderr)
+            raise
+        reason = str(error).splitlines()[0].split(". ")[0]
+        print(
+            f"llama-dist train: {who} has no contact with another rank, whose log in {run.folder}/logs may say why: "
+            f"{reason}",
+            file=sys.stderr,
+        )
+        return EXIT_LOST
     finally:
         stop_runtime()
 
@@ -90,6 +96,7 @@ def start_log(folder: Path, rank: int) -> None:
     logging.getLogger().addHandler(handler)
     log.setLevel(logging.INFO)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a log that cannot be written is not worth a traceback for every line
     if rank > 0:
         # Libraries print from every rank; a reader wants each line once. Errors still reach the launcher's stderr.
         sys.stdout.flush()
@@ -101,12 +108,14 @@ def _resume_or_start(
     run: RunConfig, runtime: Runtime, loader: Loader, evaluation: Evaluation, request: StopRequest
 ) -> int:
     """Find the newest checkpoint that verifies, and train on from it; without any, from the start."""
+    check_shards(run, runtime)
     checkpoint, passed_over = newest_valid(Path(run.folder) / "checkpoints", group=runtime.groups.control)
     if checkpoint is not None:
         check_same_run(checkpoint, run, data_fingerprint=loader.fingerprint)
         if checkpoint.position.step >= run.train.steps:
             if runtime.is_coordinator:
-                print(f"{run.folder}: the run is finished, at step {checkpoint.position.step} of {run.train.steps}")
+                step, steps = checkpoint.position.step, run.train.steps
+                print(f"{run.folder}: the run is finished: it stands at step {step}, and train.steps is {steps}")
             return EXIT_DONE
     # From here on this start holds the run: an earlier one that still lives stops at its next step.
     ledger, attempt = _open_folder(run, runtime)
@@ -124,6 +133,18 @@ def _resume_or_start(
         position=begun,
     )
     return _finish(run, coordinator, begun, position, time.perf_counter() - started_at)
+
+
+def check_shards(run: RunConfig, runtime: Runtime) -> None:
+    """Raise UserError on all ranks, naming the files, when shards are not what their manifests say. Collective."""
+    if not run.data.verify:
+        return
+    paths = [source.shards for source in run.data.train] + ([run.data.heldout] if run.data.heldout else [])
+    rank, world = runtime.rank, runtime.layout.world
+    problems = [problem for path in paths for problem in find_damage(path, part=rank, parts=world)]
+    problems = gather_texts(problems, group=runtime.groups.control)
+    if problems:
+        raise UserError("; ".join(problems) + "; copy or make the shards again (data.verify=false takes them as they are)")
 
 
 def _build(
@@ -225,9 +246,17 @@ def _heading(run: RunConfig, runtime: Runtime, dtype: torch.dtype) -> str:
 
 def _finish(run: RunConfig, coordinator: Coordinator, begun: Position, position: Position, seconds: float) -> int:
     """Say how the run ended and where everything lies."""
+    saved = coordinator.saved_at == position.step
     finished = position.step >= run.train.steps
     trained = quantity((position.samples - begun.samples) * run.data.seq_len)
-    if finished:
+    if not saved:
+        coordinator.tell(
+            f"[red]the last save failed; the newest checkpoint is that of step {max(coordinator.saved_at, 0)}[/]",
+            "ended_unsaved",
+            step=position.step,
+            saved_at=coordinator.saved_at,
+        )
+    elif finished:
         coordinator.tell(f"[bold]finished[/]: {trained} tokens in {duration(seconds)}", "finish", step=position.step)
     else:
         name = coordinator.request.signal.name if coordinator.request.signal else "another rank's request"
@@ -247,9 +276,8 @@ def _finish(run: RunConfig, coordinator: Coordinator, begun: Position, position:
         f"run folder: {run.folder} "
         f"(config.yaml, metrics.jsonl, ledger.jsonl, checkpoints/, evals/, logs/, tensorboard/)"
     )
-    if coordinator.saved_at != position.step:
-        coordinator.tell(f"[red]the last save failed; the newest checkpoint is that of step {coordinator.saved_at}[/]")
-        return 1
+    if not saved:
+        return EXIT_UNSAVED
     return EXIT_DONE if finished else EXIT_STOPPED
 
 

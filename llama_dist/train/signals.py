@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
@@ -25,11 +25,17 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turn Ctrl-C, SIGTERM and SIGUSR1 into a request that the loop answers at the end of its step."""
+    """Turn Ctrl-C, SIGTERM, SIGUSR1 and a lost terminal into a request that the loop answers at the end of its step."""
     request = StopRequest()
-    before = {number: signal.signal(number, request) for number in STOP_SIGNALS}
+    wanted = [number for number in STOP_SIGNALS if not _is_nohup(number)]
+    before = {number: signal.signal(number, request) for number in wanted}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_nohup(number: signal.Signals) -> bool:
+    """Whether the run was started to outlive its terminal (nohup, setsid)."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN

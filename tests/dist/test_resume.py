@@ -202,7 +202,7 @@ def test_killed_ranks_and_the_curve_of_the_whole_run(start: Start, undisturbed: 
         # By itself: the launcher would only end it after a minute. And it says why.
         assert ended.seconds < 30
         assert f"rank {1 - victim}" in ended.output
-        assert "lost contact with another rank" in ended.output
+        assert "no contact with another rank" in ended.output
         last = steps_of(folder)[-1]["step"]
         assert last < STEPS - 1, "killed within the run, not after it"
     ended = start(folder).end()
@@ -216,7 +216,7 @@ def test_asked_to_stop_all_ranks_save_and_a_finished_run_says_so(
     start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:
     folder, last = tmp_path / "run", 0
-    for number, rank in ((signal.SIGINT, 1), (signal.SIGTERM, 0)):
+    for number, rank in ((signal.SIGINT, 1), (signal.SIGHUP, 0)):
         run = start(folder)
         process = run.rank(rank)
         run.wait_for_step(last + 5)
@@ -236,7 +236,7 @@ def test_asked_to_stop_all_ranks_save_and_a_finished_run_says_so(
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "logs" not in path.parts}
     ended = start(folder).end()
     assert ended.status == 0
-    assert f"the run is finished, at step {STEPS} of {STEPS}" in ended.output
+    assert f"the run is finished: it stands at step {STEPS}, and train.steps is {STEPS}" in ended.output
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "logs" not in path.parts}
     assert after == before, "nothing is written into a finished run"
 
@@ -311,6 +311,19 @@ def test_another_model_or_other_data_is_refused_in_one_line(start: Start, home: 
     assert len(ended.output.strip().splitlines()) == 1
     after = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and "logs" not in path.parts}
     assert after == before
+
+
+def test_damaged_shards_are_named_and_not_trained_on(start: Start, home: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(home / "train", bad)
+    flip(bad / "00000.bin")
+    settings = (f"data.train.0.shards={bad}", "train.steps=2", "checkpoint.every=0", "eval.every=0")
+    ended = start(tmp_path / "run", *settings).end()
+    assert ended.status == 2, ended.output
+    assert f"{bad / '00000.bin'}: xxh3-128 is" in ended.output and "Traceback" not in ended.output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    ended = start(tmp_path / "run", *settings, "data.verify=false").end()
+    assert ended.status == 0, ended.output
 
 
 def test_a_run_that_diverges_stops_and_saves_nothing_of_it(start: Start, tmp_path: Path) -> None:

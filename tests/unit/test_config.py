@@ -692,3 +692,15 @@ def test_a_micro_batch_is_the_largest_up_to_the_setting_that_divides_the_share(
 ) -> None:
     run = load_config(run_file, ["train.global_batch=24", f"parallel.micro_batch={setting}"])
     assert micro_batch_of(run, fit_layout(run, world)) == used
+
+
+def test_aliases_that_multiply_are_refused_at_once(run_file: Path) -> None:
+    """Seven lines of ten aliases each stand for ten million values."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 8)]
+    run_file.write_text("\n".join(lines) + "\n" + run_file.read_text())
+    assert any("has more than 10000 values" in line for line in problems(run_file))
+
+
+def test_a_batch_beyond_reason_is_refused_at_once(run_file: Path) -> None:
+    assert any("train.global_batch" in line for line in problems(run_file, f"train.global_batch={10**18}"))

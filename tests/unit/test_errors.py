@@ -13,8 +13,8 @@ from llama_dist import cli
 from llama_dist.errors import RunError, UserError
 
 
-def install(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | int) -> None:
-    """Make `llama-dist sample` a command that ends with `outcome`."""
+def install(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | int, *, command: str = "sample") -> None:
+    """Make `llama-dist sample`, or another command, one that ends with `outcome`."""
 
     def run(args: argparse.Namespace) -> int:
         if isinstance(outcome, BaseException):
@@ -22,9 +22,9 @@ def install(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | int) -> No
         return outcome
 
     module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
-    monkeypatch.setitem(cli.COMMANDS, "sample", "a command of the tests")
-    monkeypatch.setitem(sys.modules, "llama_dist.commands.sample", module)
-    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
+    monkeypatch.setitem(cli.COMMANDS, command, "a command of the tests")
+    monkeypatch.setitem(sys.modules, f"llama_dist.commands.{command}", module)
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -51,15 +51,24 @@ def test_every_end_has_its_status_and_at_most_one_line(
     assert capsys.readouterr().err == said
 
 
-@pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"])
-def test_of_many_ranks_the_first_tells(
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"])
+def test_of_the_ranks_of_a_node_the_first_tells(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    install(monkeypatch, UserError("no such thing"))
-    for rank, said in (("1", ""), ("0", "llama-dist sample: no such thing\n")):
+    install(monkeypatch, UserError("no such thing"), command="train")
+    for rank, said in (("1", ""), ("0", "llama-dist train: no such thing\n"), ("x", "llama-dist train: no such thing\n")):
         monkeypatch.setenv(name, rank)
-        assert cli.main(["sample"]) == 2
+        assert cli.main(["train"]) == 2
         assert capsys.readouterr().err == said
+
+
+def test_a_command_of_one_process_always_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, UserError("no such thing"))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert cli.main(["sample"]) == 2
+    assert capsys.readouterr().err == "llama-dist sample: no such thing\n"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,3 +169,24 @@ def test_a_benchmark_that_is_missing_empty_or_no_text_is_said(tmp_path: Path) ->
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="bytes.jsonl: cannot be read"):
         load_choices(tmp_path / "bytes.jsonl")
+
+
+def test_a_choice_longer_than_the_model_reaches_is_counted() -> None:
+    scorer = Bigrams({"xb": -1.0}, default=-5.0)
+    long = choose([Choice("x", ("a" * 40, "b"), 1)], scorer, seq_len=8)
+    assert long["choices_cut"] == 1
+    assert choose([Choice("x" * 40, ("a", "b"), 1)], scorer, seq_len=8)["choices_cut"] == 0
+
+
+def test_a_benchmark_with_a_mark_of_byte_order_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"context": "x", "choices": ["a", "b"], "answer": 1}\n')
+    assert load_choices(path) == [Choice("x", ("a", "b"), 1)]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"context": "x", "choices": ["\\ud800", "b"], "answer": 1}'])
+def test_a_line_that_no_text_can_be_made_of_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match="b.jsonl:1: is not a multiple-choice item"):
+        load_choices(path)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 from llama_dist.files import read_json_lines
 from llama_dist.train.ledger import open_ledger
@@ -67,3 +70,20 @@ def test_an_event_after_a_line_that_a_kill_cut_short_stands_alone(tmp_path: Path
     path.write_text(path.read_text() + '{"at": 1.5, "attem')
     open_ledger(tmp_path).write("resume", step=7)
     assert [event["event"] for event in read_json_lines(path)] == ["start", "resume"]
+
+
+@pytest.mark.parametrize("name", ["00077.json", "00099.json"])
+@pytest.mark.parametrize("text", ["", "not JSON", "[1]", "{}"])
+def test_a_record_that_says_nothing_still_counts_as_a_start(tmp_path: Path, name: str, text: str) -> None:
+    ledger = open_ledger(tmp_path)
+    (tmp_path / "attempts" / name).write_text(text)
+    assert ledger.successor() == f"attempt {int(name[:5])}"
+
+
+def test_what_is_no_attempt_or_is_gone_ends_no_run(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    for name in ("77.json", "\u00b2.json", "00x77.json"):
+        (tmp_path / "attempts" / name).write_text("{}")
+    assert ledger.successor() is None
+    shutil.rmtree(tmp_path / "attempts")
+    assert ledger.successor() is None

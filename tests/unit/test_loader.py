@@ -118,3 +118,27 @@ def test_a_corpus_shorter_than_one_sample_is_refused_with_numbers(two_sources: l
 def test_a_batch_that_does_not_split_is_refused(two_sources: list[str]) -> None:
     with pytest.raises(UserError, match="global_batch=16 does not split into dp=3 times micro_batch=2"):
         build(two_sources, dp=3, micro_batch=2)
+
+
+def test_an_id_outside_the_models_vocabulary_is_named_before_it_is_used(tmp_path: Path) -> None:
+    path = make_shards(tmp_path, documents=20)
+    for name in ("00000.bin", "00000.idx"):
+        (tmp_path / f"bare{Path(name).suffix}").write_bytes((Path(path) / name).read_bytes())
+    loader = build([str(tmp_path / "bare")], weights=(1.0,), vocab_size=10, global_batch=1)
+    with pytest.raises(UserError, match=r"bare: tokens \d+ to \d+ hold the id \d+, and model.vocab_size is 10"):
+        for samples in range(100):
+            loader.microbatches(samples)
+
+
+def test_bare_pairs_of_other_tokens_are_other_data(tmp_path: Path) -> None:
+    path = Path(make_shards(tmp_path, documents=20))
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.idx").write_bytes((path / "00000.idx").read_bytes())
+        content = bytearray((path / "00000.bin").read_bytes())
+        if name == "b":
+            content[0:2], content[2:4] = content[2:4], content[0:2]
+        (tmp_path / f"{name}.bin").write_bytes(content)
+        found.append(build([str(tmp_path / name)], weights=(1.0,)).fingerprint)
+        assert build([str(tmp_path / name)], weights=(1.0,)).fingerprint == found[-1]
+    assert found[0] != found[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,40 @@ def test_duration(seconds: float, text: str) -> None:
 )
 def test_quantity(value: float, text: str) -> None:
     assert quantity(value) == text
+
+
+class FullMonitor(FakeMonitor):
+    """TensorBoard on a full disk: its writer's thread ends, and every later event fails."""
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        super().write_events(events)
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_costs_tensorboard_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    monitor = FullMonitor()
+    log = step_log(tmp_path, monitor)
+    for step in (1, 2):
+        log.write(step=step, samples=step, loss=1.0)
+    assert len(monitor.events) == 1, "not tried again"
+    assert "TensorBoard: [Errno 28] No space left on device" in caplog.text
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_console_that_is_gone_costs_its_lines_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = step_log(tmp_path, FakeMonitor())
+    with open("/dev/full", "w") as full:
+        log._console.file = full
+        log.say("x" * 100_000)
+        log.record(step=1, samples=1, loss=1.0, grad_norm=1.0, lr=1.0)
+        log._console.file = sys.stdout
+        with suppress(OSError):
+            full.close()
+    assert "console: No space left on device" in caplog.text
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_an_object_without_a_step_is_no_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{}\n{"step": 1, "loss": 2.0}\n')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]

@@ -51,6 +51,13 @@ def test_torchrun_inside_a_slurm_step_counts_as_torchrun() -> None:
     assert (environment.launcher, environment.rank) == ("torchrun", 5)
 
 
+@pytest.mark.parametrize(("given", "missing"), [({"RANK": "1"}, "WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK")])
+def test_half_a_contract_is_not_one_process(given: dict[str, str], missing: str) -> None:
+    """Ranks that each train alone on one folder would be worse than none."""
+    with pytest.raises(UserError, match=f"{missing} is not set; env must set RANK and WORLD_SIZE together, or neither"):
+        read_environment(given)
+
+
 def test_one_rank_needs_no_meeting_point() -> None:
     assert read_environment({"RANK": "0", "WORLD_SIZE": "1"}) == Environment("env", 0, 1, 0, "127.0.0.1", 0)
 
@@ -58,7 +65,9 @@ def test_one_rank_needs_no_meeting_point() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"RANK": "x"}, "RANK='x' is not a whole number; the launcher .env. must set it"),
+        ({"RANK": "x"}, "RANK='x' is not a whole number; env must set RANK and WORLD_SIZE together"),
+        ({"RANK": "\u00b2"}, "RANK='\u00b2' is not a whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
         ({"RANK": "-1"}, "RANK='-1' is not a whole number"),
         ({"RANK": "8"}, "RANK=8 is outside WORLD_SIZE=8; ranks count from 0"),
         ({"WORLD_SIZE": "0"}, "RANK=3 is outside WORLD_SIZE=0"),

@@ -20,6 +20,7 @@ import torch
 from llama_dist import files
 from llama_dist.boxes import Box, boxes_of_flat_range
 from llama_dist.checkpoint import store
+from llama_dist.checkpoint.dcp import NotFiniteError
 from llama_dist.checkpoint.pieces import Piece
 from llama_dist.checkpoint.store import (
     MANIFEST,
@@ -314,7 +315,7 @@ def test_a_state_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
     for bad in (torch.nan, torch.inf):
         tensors = tensors_at(20)
         tensors["norm"][3] = bad
-        with pytest.raises(SaveError, match="norm holds values that are not finite"):
+        with pytest.raises(NotFiniteError, match="norm holds values that are not finite numbers"):
             save_checkpoint(tmp_path, Position(20), pieces_of(tensors), state={}, attempt=1, group=None)
     assert list(tmp_path.iterdir()) == [tmp_path / "step-00000010"]
 
@@ -448,11 +449,36 @@ def test_retention_never_deletes_the_last_good_one_for_the_sake_of_damaged_ones(
 
 def test_discarding_takes_the_name_away_before_the_first_file(tmp_path: Path, failing: Any) -> None:
     path = save(tmp_path, 10)
-    failing(shutil, "rmtree", errno.EIO, at=2)
+    failing(shutil, "rmtree", errno.EIO, at=1)
     with pytest.raises(OSError):
         discard(path)
     assert list_committed(tmp_path) == []
     assert [left.name for left in tmp_path.iterdir()] == ["step-00000010.pruned"]
+
+
+def test_a_leftover_that_stays_is_told_and_stops_nothing(tmp_path: Path, failing: Any) -> None:
+    (tmp_path / "step-00000005.pruned").mkdir()
+    failing(shutil, "rmtree", errno.EBUSY, at=1)
+    assert clean_leftovers(tmp_path) == [
+        f"{tmp_path / 'step-00000005.pruned'}: left over, and cannot be deleted: {os.strerror(errno.EBUSY)}"
+    ]
+
+
+def test_a_checkpoint_under_another_name_is_damage(tmp_path: Path) -> None:
+    """A copy under a later name would otherwise stand for a step that was never reached, and outlive the real one."""
+    save(tmp_path, 10)
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000099")
+    checkpoint, passed_over = newest_valid(tmp_path)
+    assert checkpoint is not None and checkpoint.position.step == 10
+    assert passed_over == [f"{tmp_path / 'step-00000099'}: holds the checkpoint step-00000010; somebody renamed or copied it"]
+
+
+def test_a_manifest_nested_without_end_is_damage(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    (tmp_path / "step-00000020" / "MANIFEST.json").write_text("[" * 200_000)
+    checkpoint, passed_over = newest_valid(tmp_path)
+    assert checkpoint is not None and checkpoint.position.step == 10 and len(passed_over) == 1
 
 
 def test_leftovers_are_deleted_and_nothing_else(tmp_path: Path) -> None:
@@ -460,7 +486,12 @@ def test_leftovers_are_deleted_and_nothing_else(tmp_path: Path) -> None:
     for name in ("step-00000020.partial-3", "step-00000005.pruned", "notes", "step-1.partial-2", "step-00000030.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
-    assert sorted(path.name for path in clean_leftovers(tmp_path)) == ["step-00000005.pruned", "step-00000020.partial-3"]
+    elsewhere = tmp_path.parent / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "step-00000006.pruned").symlink_to(elsewhere)
+    (tmp_path / "step-00000007.pruned").write_text("a file, not a folder")
+    assert clean_leftovers(tmp_path) == []
+    assert elsewhere.is_dir()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000010", "step-00000030.old", "step-1.partial-2"]
     assert_loads(tmp_path, {10})
     assert clean_leftovers(tmp_path / "none") == []
