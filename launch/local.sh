@@ -32,7 +32,7 @@ export MASTER_PORT
 pids=()
 stop() { for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done; }
 # Ctrl-C reaches the ranks too, but until they train they ignore it, as whatever a script starts in the background does.
-trap 'stop TERM' INT TERM
+trap 'echo "launch/local.sh: stopping; ranks that train finish their step and save" >&2; stop TERM' INT TERM
 trap 'stop USR1' USR1
 
 for ((rank = 0; rank < ranks; rank++)); do

@@ -9,7 +9,7 @@ from llama_dist.train.session import run_training
 
 DESCRIPTION = """\
 Pretrain the run that CONFIG describes. On an unfinished run the same command goes on from the newest checkpoint that
-verifies; on a finished one it says so. Ctrl-C, SIGTERM and SIGUSR1 finish the step, save and stop (status 75).
+verifies; on a finished one it says so. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP finish the step, save and stop (status 75).
 Started alone it is one rank; a launcher (launch/local.sh, torchrun, deepspeed, srun, mpirun) makes it many."""
 EPILOG = """\
 examples:

@@ -213,6 +213,8 @@ class Coordinator:
 
     def evaluate(self, position: Position) -> None:
         """Run the configured tasks on all ranks; the coordinator logs and keeps the results. Collective."""
+        if self.steps_log:
+            self.steps_log.reassure("evaluating ...")
         self.last_results = self.evaluation(self.runner, replica=self.replica)
         self._keep_results(position)
         self.start_clock()

@@ -120,10 +120,11 @@ class StepLog:
         fields = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens_per_second": round(rate, 1)}
         fields |= {"mfu": round(mfu, 4), "memory_gib": round(memory, 3), "step_seconds": round(seconds, 4)}
         self.write(step=step, samples=samples, **fields)
+        wide = self._console.width >= 110 or not self._console.is_terminal
+        use = f"mfu {mfu:.1%}  mem {memory:.2f} GiB  " if wide else ""
         self.say(
             f"[bold]step {step:>{len(str(self._steps))}}[/]/{self._steps}  [green]loss {loss:.4f}[/]  "
-            f"grad {grad_norm:.3f}  lr {lr:.2e}  {quantity(rate)} tok/s  mfu {mfu:.1%}  mem {memory:.2f} GiB  "
-            f"[dim]eta {eta}[/]"
+            f"grad {grad_norm:.3f}  lr {lr:.2e}  {quantity(rate)} tok/s  {use}[dim]eta {eta}[/]"
         )
 
     def write(self, *, step: int, samples: int, **fields: float) -> None:
@@ -140,6 +141,11 @@ class StepLog:
             except Exception as error:  # its writer is a thread that ends at its first error, of whatever kind
                 self._monitor_failed = True
                 log.error("TensorBoard: %s; no more of it in this start", error)
+
+    def reassure(self, text: str) -> None:
+        """Tell who sits at a terminal what takes so long; a log has no use for it."""
+        if self._console.is_terminal:
+            self.say(f"[dim]{text}[/]")
 
     def say(self, text: str) -> None:
         """A line for the reader; `text` may hold rich markup. A console that is gone costs its lines, not the run."""

@@ -32,7 +32,7 @@ def changed_settings(checkpoint: Checkpoint, run: RunConfig) -> list[str]:
     """Every setting that is not what it was when the checkpoint was saved, with both values."""
     then = dict(_flat(checkpoint.manifest["config"]))
     now = dict(_flat(run.model_dump(mode="json")))
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in ("name", "folder")]
     return [f"{name}: {then.get(name)} then, {now.get(name)} now" for name in names]
 
 

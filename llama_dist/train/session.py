@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def start_log(folder: Path, rank: int) -> None:
     logging.getLogger().addHandler(handler)
     log.setLevel(logging.INFO)
     logging.captureWarnings(True)
+    # DeepSpeed's calls of torch names that have newer ones: nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.raiseExceptions = False  # a log that cannot be written is not worth a traceback for every line
     if rank > 0:
         # Libraries print from every rank; a reader wants each line once. Errors still reach the launcher's stderr.
@@ -257,7 +260,9 @@ def _finish(run: RunConfig, coordinator: Coordinator, begun: Position, position:
             saved_at=coordinator.saved_at,
         )
     elif finished:
-        coordinator.tell(f"[bold]finished[/]: {trained} tokens in {duration(seconds)}", "finish", step=position.step)
+        since = " since it was resumed" if begun.step else ""
+        text = f"[bold]finished[/]: {trained} tokens in {duration(seconds)}{since}"
+        coordinator.tell(text, "finish", step=position.step)
     else:
         name = coordinator.request.signal.name if coordinator.request.signal else "another rank's request"
         coordinator.tell(

@@ -33,7 +33,8 @@ def stop_request() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # One who asks twice must not end a process that has saved and is about to say so.
+            signal.signal(number, signal.SIG_IGN if request.signal else handler)
 
 
 def _is_nohup(number: signal.Signals) -> bool:

@@ -41,7 +41,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "launch"):
         shutil.copytree(REPO / name, folder / name)
-    for name in ("Makefile", "setup.cfg", "constraints.txt", "pyproject.toml"):
+    for name in ("Makefile", "setup.cfg", "constraints.txt", "pyproject.toml", "README.md"):
         shutil.copy(REPO / name, folder / name)
     programs = folder / ".venv/bin"
     programs.mkdir(parents=True)
