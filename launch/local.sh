@@ -34,6 +34,7 @@ stop() { for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done; }
 # Ctrl-C reaches the ranks too, but until they train they ignore it, as whatever a script starts in the background does.
 trap 'echo "launch/local.sh: stopping; ranks that train finish their step and save" >&2; stop TERM' INT TERM
 trap 'stop USR1' USR1
+trap 'stop HUP' HUP
 
 for ((rank = 0; rank < ranks; rank++)); do
     RANK=$rank LOCAL_RANK=$rank "$python" -m llama_dist train "$@" &
