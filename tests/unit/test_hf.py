@@ -194,8 +194,10 @@ def test_whole_numbers_are_not_weights(tmp_path: Path) -> None:
 
 def test_old_rotary_buffers_are_passed_over(tmp_path: Path) -> None:
     save_theirs(tmp_path)
+    plain = load_hf_model(tmp_path).state_dict()
     edit_weights(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
-    load_hf_model(tmp_path)
+    loaded = load_hf_model(tmp_path).state_dict()
+    assert loaded.keys() == plain.keys() and all(torch.equal(loaded[name], plain[name]) for name in plain)
 
 
 def test_a_stored_tied_head_must_be_the_embedding(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -311,3 +312,12 @@ def test_launchers_import_nothing_of_the_package() -> None:
     files = [path for path in (REPO / "launch").iterdir() if path.is_file()]
     assert files and not [path.name for path in files if imports(path.read_text())]
     assert imports("python3 -c 'import llama_dist'") and imports("from llama_dist.config import x")
+
+
+def test_every_test_file_is_collected() -> None:
+    """A folder that pytest passes over in silence is a suite that cannot fail."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200, check=False)
+    collected = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    files = {str(path.relative_to(REPO)) for path in (REPO / "tests").rglob("test_*.py")}
+    assert collected == files, done.stdout[-2000:]
