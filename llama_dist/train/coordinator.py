@@ -68,6 +68,7 @@ class Coordinator:
     request: StopRequest
     attempt: int
     data_fingerprint: str
+    tokenizer_fingerprint: str
     ledger: Ledger | None = None
     steps_log: StepLog | None = None
     last_results: Results = field(default_factory=dict)
@@ -206,7 +207,7 @@ class Coordinator:
         return {
             "layout": asdict(self.runtime.layout) | {"zero": self.run.parallel.zero},
             "data_fingerprint": self.data_fingerprint,
-            "tokenizer": self.evaluation.tokenizer.fingerprint,
+            "tokenizer": self.tokenizer_fingerprint,
             "config": self.run.model_dump(mode="json"),
             "versions": {"llama_dist": __version__, "torch": torch.__version__},
         }

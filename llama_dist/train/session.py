@@ -187,6 +187,7 @@ def _build(
         request=request,
         attempt=attempt,
         data_fingerprint=loader.fingerprint,
+        tokenizer_fingerprint=evaluation.tokenizer.fingerprint,
         ledger=ledger,
         steps_log=steps_log,
     )

@@ -120,6 +120,7 @@ def coordinator_on_rank(case: Case, *, with_ledger: bool = False) -> Coordinator
         request=StopRequest(),
         attempt=1,
         data_fingerprint="the data",
+        tokenizer_fingerprint="none",
         ledger=ledger,
         steps_log=SilentLog() if ledger else None,
     )
