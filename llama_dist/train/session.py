@@ -121,8 +121,12 @@ def _resume_or_start(
                 print(f"{run.folder}: the run is finished: it stands at step {step}, and train.steps is {steps}")
             return EXIT_DONE
     # From here on this start holds the run: an earlier one that still lives stops at its next step.
-    ledger, attempt = _open_folder(run, runtime)
-    coordinator = _build(run, runtime, loader, evaluation, request, ledger, attempt)
+    try:
+        ledger, attempt = _open_folder(run, runtime)
+        steps_log = _open_steps_log(run, runtime, attempt) if ledger else None
+    except OSError as error:
+        raise UserError(f"folder={run.folder}: cannot be written to: {error}; mend it or name another") from error
+    coordinator = _build(run, runtime, loader, evaluation, request, ledger, attempt, steps_log)
     for problem in passed_over:
         coordinator.tell(f"[red]checkpoint passed over:[/] {problem}", "checkpoint_passed_over", problem=problem)
     started_at = time.perf_counter()
@@ -158,11 +162,11 @@ def _build(
     request: StopRequest,
     ledger: Ledger | None,
     attempt: int,
+    steps_log: StepLog | None,
 ) -> Coordinator:
     """The stage, its engine and runner, and the coordinator that holds them. Collective."""
     layout, coord = runtime.layout, runtime.coord
     dtype = precision_of(run, runtime.device)
-    steps_log = _open_steps_log(run, runtime, dtype, attempt) if ledger else None
     if steps_log:
         steps_log.say(_heading(run, runtime, dtype))
     stage = build_stage(
@@ -222,8 +226,8 @@ def _open_folder(run: RunConfig, runtime: Runtime) -> tuple[Ledger | None, int]:
     return ledger, box[0]
 
 
-def _open_steps_log(run: RunConfig, runtime: Runtime, dtype: torch.dtype, attempt: int) -> StepLog:
-    peak = peak_tflops(runtime.device, dtype, configured=run.metrics.peak_tflops)
+def _open_steps_log(run: RunConfig, runtime: Runtime, attempt: int) -> StepLog:
+    peak = peak_tflops(runtime.device, precision_of(run, runtime.device), configured=run.metrics.peak_tflops)
     return StepLog(
         Path(run.folder),
         steps=run.train.steps,
