@@ -97,14 +97,27 @@ class ParallelConfig(Section):
     tp: Count = 1
     """Tensor-parallel ranks in a replica; each holds a cut of every matrix."""
     pp: Count = 1
-    """Pipeline stages in a replica; each holds some of the layers."""
+    """Pipeline ranks in a replica; each holds some of the layers."""
+    cp: Count = 1
+    """Context-parallel ranks in a replica; each holds a part of every sequence. ZeRO partitions over dp * cp ranks."""
     zero: Annotated[int, Field(strict=True, ge=1, le=3)] = 3
     """What DeepSpeed ZeRO partitions: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    gather: Literal["microbatch", "step"] = "microbatch"
+    """With ZeRO-3: gather parameters for every micro-batch (least memory), or keep them through a step (least
+    communication)."""
     micro_batch: Count = 1
     """Sequences that a replica takes through the model at a time, at most: what bounds the memory of activations. The
     largest number up to this that divides the replica's share is used, and the rest of the share is accumulated."""
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of forwards and backwards in the pipeline."""
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
+    """Order of forwards and backwards in the pipeline: one forward one backward, all forwards first, 1f1b over
+    virtual stages (a smaller bubble for more messages), or zero bubble H1 (the gradients of weights fill the bubble)."""
+    virtual_stages: Count = 1
+    """Chunks of the model on each pipeline rank, chunk c on rank c % pp; above 1 for schedule interleaved alone."""
+    stage_layers: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Decoder layers of each of the pp * virtual_stages chunks, in model order; null: split by cost, head included."""
+    sequence_parallel: Flag = False
+    """Whether the tensor-parallel ranks also share the sequence out where they would repeat each other's work: less
+    memory for the same communication. Does nothing with tp=1."""
     activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(strict=True, ge=2)] = "none"
     """What is recomputed in the backward: no layer, every layer, the attention only, or every N-th layer."""
 
@@ -131,6 +144,8 @@ class DataConfig(Section):
     """Tokens in a sequence."""
     seed: Seed = 0
     """Decides the order of the samples."""
+    document_mask: Flag = False
+    """Whether the documents that are packed into one sequence do not see each other."""
     verify: Flag = True
     """Whether each start reads all shards and checks their checksums; the ranks share the reading."""
 
@@ -169,6 +184,8 @@ class TrainConfig(Section):
     """Decides the initial weights."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of forward and backward (master weights are float32); auto: bf16 on GPUs, fp32 on CPUs."""
+    reduce_precision: Literal["auto", "fp32"] = "auto"
+    """Of the reduction of gradients over the replicas; auto: as precision."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where the machine has them."""
     timeout_seconds: UpToABillion = 600
@@ -251,9 +268,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     for text in overrides:
         if override_(document, text) == ("model",):
             _read_model_(document, Path())
-    run = _build(RunConfig, document)
-    check_supported(run)
-    return run
+    return _build(RunConfig, document)
 
 
 def load_model_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -301,14 +316,6 @@ def micro_batch_of(run: RunConfig, layout: Layout) -> int:
     share, rest = divmod(run.train.global_batch, layout.dp)
     assert rest == 0, f"{layout} does not share out a global batch of {run.train.global_batch}; use fit_layout"
     return max(size for size in divisors(share) if size <= run.parallel.micro_batch)
-
-
-def check_supported(run: RunConfig) -> None:
-    """Refuse what the settings can say and the engine cannot do yet."""
-    for axis, words in (("tp", "tensor"), ("pp", "pipeline")):
-        size = getattr(run.parallel, axis)
-        if size > 1:
-            raise UserError(f"run {run.name}: parallel.{axis}={size}: {words} parallelism is not built yet; use 1")
 
 
 def _read_model_(document: Document, folder: Path) -> None:

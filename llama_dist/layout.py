@@ -1,58 +1,84 @@
-"""Where each rank stands on the data-, tensor- and pipeline-parallel axes. Integers only, no torch."""
+"""Where each rank stands on the data-, context-, tensor- and pipeline-parallel axes. Integers only, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Coord:
     """A rank's place on each axis."""
 
     dp: int
     tp: int
     pp: int
+    cp: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`world = dp * tp * pp` ranks; tensor-parallel ranks are neighbours, pipeline stages are farthest apart."""
+    """`world = dp * cp * tp * pp` ranks; tensor-parallel ranks are neighbours, pipeline stages are farthest apart."""
 
     dp: int
     tp: int = 1
     pp: int = 1
+    cp: int = 1
+
+    def __str__(self) -> str:
+        return f"dp={self.dp} tp={self.tp} pp={self.pp}" + (f" cp={self.cp}" if self.cp != 1 else "")
 
     @property
     def world(self) -> int:
-        return self.dp * self.tp * self.pp
+        return self.dp * self.cp * self.tp * self.pp
 
     def rank(self, coord: Coord) -> int:
-        return (coord.pp * self.dp + coord.dp) * self.tp + coord.tp
+        return ((coord.pp * self.dp + coord.dp) * self.cp + coord.cp) * self.tp + coord.tp
 
     def coord(self, rank: int) -> Coord:
         assert 0 <= rank < self.world, f"rank {rank} is outside a layout of {self.world} ranks"
         outer, tp = divmod(rank, self.tp)
+        outer, cp = divmod(outer, self.cp)
         pp, dp = divmod(outer, self.dp)
-        return Coord(dp=dp, tp=tp, pp=pp)
+        return Coord(dp=dp, tp=tp, pp=pp, cp=cp)
 
     def data_parallel_groups(self) -> list[list[int]]:
-        """The ranks that hold the same slice of the model, one list for each slice; ZeRO partitions over these."""
-        return [
-            [self.rank(Coord(dp, tp, pp)) for dp in range(self.dp)] for pp in range(self.pp) for tp in range(self.tp)
-        ]
+        """The dp x cp ranks that hold the same slice of the model, one list a slice; ZeRO partitions over these."""
+        return self._grouped(lambda coord: (coord.pp, coord.tp))
+
+    def tensor_groups(self) -> list[list[int]]:
+        """The ranks that hold the cuts of the same matrices and see the same tokens."""
+        return self._grouped(lambda coord: (coord.pp, coord.dp, coord.cp))
+
+    def context_groups(self) -> list[list[int]]:
+        """The ranks that hold the same slice of the model and the parts of the same sequences, in sequence order."""
+        return self._grouped(lambda coord: (coord.pp, coord.dp, coord.tp))
 
     def replica_groups(self) -> list[list[int]]:
-        """The tp x pp ranks that together hold one copy of the model, one list for each replica."""
-        return [
-            [self.rank(Coord(dp, tp, pp)) for pp in range(self.pp) for tp in range(self.tp)] for dp in range(self.dp)
-        ]
+        """The tp x pp ranks of one (dp, cp) that together hold one copy of the model."""
+        return self._grouped(lambda coord: (coord.dp, coord.cp))
 
     def pipeline_groups(self) -> list[list[int]]:
-        """The ranks that hand activations on to each other, in stage order, one list for each (dp, tp)."""
-        return [
-            [self.rank(Coord(dp, tp, pp)) for pp in range(self.pp)] for dp in range(self.dp) for tp in range(self.tp)
-        ]
+        """The ranks that hand activations on to each other, in stage order."""
+        return self._grouped(lambda coord: (coord.dp, coord.cp, coord.tp))
+
+    def kv_groups(self, kv_heads: int) -> list[list[int]]:
+        """The tensor-parallel ranks that hold the same key/value heads: one rank unless tp exceeds `kv_heads`."""
+        assert self.tp % kv_heads == 0 or kv_heads % self.tp == 0, f"tp={self.tp} with {kv_heads} key/value heads"
+        copies = max(self.tp // kv_heads, 1)
+        return self._grouped(lambda coord: (coord.pp, coord.dp, coord.cp, coord.tp // copies))
+
+    def tied_groups(self) -> list[list[int]]:
+        """First and last rank of each pipeline, which share a tied embedding; none where they are the same rank."""
+        pairs = [[group[0], group[-1]] for group in self.pipeline_groups()]
+        return [pair for pair in pairs if pair[0] != pair[1]]
+
+    def _grouped(self, shared: Callable[[Coord], tuple[int, ...]]) -> list[list[int]]:
+        """The ranks whose coordinates have the same `shared` part; ascending within a group and by first rank."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world):
+            groups.setdefault(shared(self.coord(rank)), []).append(rank)
+        return list(groups.values())
 
 
 def split_layers(num_layers: int, *, stages: int, first_cost: float = 0.0, last_cost: float = 0.0) -> list[range]:
@@ -70,9 +96,10 @@ def split_layers(num_layers: int, *, stages: int, first_cost: float = 0.0, last_
         # The cheapest stage takes the next layer: for identical layers this greedy choice is optimal.
         cheapest = min(range(stages), key=lambda s: counts[s] + extra[s])
         counts[cheapest] += 1
-    return _ranges(counts)
+    return consecutive(counts)
 
 
-def _ranges(counts: Sequence[int]) -> list[range]:
+def consecutive(counts: Sequence[int]) -> list[range]:
+    """Neighbouring ranges of these lengths, from 0."""
     starts = [sum(counts[:i]) for i in range(len(counts))]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]

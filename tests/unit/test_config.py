@@ -12,7 +12,6 @@ from llama_dist.config import (
     ModelConfig,
     RunConfig,
     build_config,
-    check_supported,
     dump_config,
     fit_layout,
     load_config,
@@ -616,14 +615,6 @@ def test_layouts_that_do_not_fit(run_file: Path, parallel: dict[str, int], world
     with pytest.raises(UserError) as caught:
         fit_layout(run_with(run_file, **parallel), world)
     assert str(caught.value).endswith(expected)
-
-
-@pytest.mark.parametrize(("axis", "words"), [("tp", "tensor"), ("pp", "pipeline")])
-def test_what_is_not_built_is_refused(run_file: Path, axis: str, words: str) -> None:
-    expected = f"run small: parallel.{axis}=2: {words} parallelism is not built yet; use 1"
-    assert problems(run_file, f"parallel.{axis}=2") == [expected]
-    with pytest.raises(UserError, match="is not built yet; use 1"):
-        check_supported(run_with(run_file, **{axis: 2}))
 
 
 # Writing

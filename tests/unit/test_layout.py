@@ -8,8 +8,9 @@ import pytest
 
 from llama_dist.layout import Coord, Layout, split_layers
 
-SIZES = (1, 2, 3, 4)
-LAYOUTS = [Layout(dp, tp, pp) for dp, tp, pp in itertools.product(SIZES, SIZES, SIZES)]
+SIZES = (1, 2, 3)
+LAYOUTS = [Layout(dp, tp, pp, cp) for dp, tp, pp, cp in itertools.product(SIZES, SIZES, SIZES, SIZES)]
+AXES = ("dp", "tp", "pp", "cp")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -17,37 +18,64 @@ def test_rank_and_coord_are_inverse(layout: Layout) -> None:
     coords = [layout.coord(rank) for rank in range(layout.world)]
     assert [layout.rank(coord) for coord in coords] == list(range(layout.world))
     assert set(coords) == {
-        Coord(dp, tp, pp) for dp in range(layout.dp) for tp in range(layout.tp) for pp in range(layout.pp)
+        Coord(dp=dp, tp=tp, pp=pp, cp=cp)
+        for dp in range(layout.dp)
+        for tp in range(layout.tp)
+        for pp in range(layout.pp)
+        for cp in range(layout.cp)
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "along"),
+    [
+        ("data_parallel_groups", ("dp", "cp")),
+        ("tensor_groups", ("tp",)),
+        ("context_groups", ("cp",)),
+        ("replica_groups", ("pp", "tp")),
+        ("pipeline_groups", ("pp",)),
+    ],
+)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_groups_of_each_axis_partition_the_world(layout: Layout) -> None:
-    axes = {
-        "dp": (layout.data_parallel_groups(), layout.dp),
-        "replica": (layout.replica_groups(), layout.tp * layout.pp),
-        "pp": (layout.pipeline_groups(), layout.pp),
-    }
-    for groups, size in axes.values():
-        assert sorted(rank for group in groups for rank in group) == list(range(layout.world))
-        assert {len(group) for group in groups} == {size}
-    for group in axes["dp"][0]:
+def test_the_groups_of_each_axis_partition_the_world(layout: Layout, kind: str, along: tuple[str, ...]) -> None:
+    """A group's ranks run along its axes, first axis slowest, and agree on all the others."""
+    groups: list[list[int]] = getattr(layout, kind)()
+    assert sorted(rank for group in groups for rank in group) == list(range(layout.world))
+    for group in groups:
         coords = [layout.coord(rank) for rank in group]
-        assert len({(c.tp, c.pp) for c in coords}) == 1
-        assert [c.dp for c in coords] == list(range(layout.dp))
-    for group in axes["replica"][0]:
-        assert len({layout.coord(rank).dp for rank in group}) == 1
-    for group in axes["pp"][0]:
-        coords = [layout.coord(rank) for rank in group]
-        assert len({(c.dp, c.tp) for c in coords}) == 1
-        assert [c.pp for c in coords] == list(range(layout.pp))
+        places = [tuple(getattr(coord, axis) for axis in along) for coord in coords]
+        assert places == list(itertools.product(*(range(getattr(layout, axis)) for axis in along)))
+        others = [axis for axis in AXES if axis not in along]
+        assert len({tuple(getattr(coord, axis) for axis in others) for coord in coords}) == 1
 
 
 def test_tensor_parallel_ranks_are_neighbours_and_stages_farthest_apart() -> None:
-    layout = Layout(dp=2, tp=2, pp=2)
-    assert layout.rank(Coord(dp=0, tp=1, pp=0)) == 1
-    assert layout.rank(Coord(dp=1, tp=0, pp=0)) == 2
-    assert layout.rank(Coord(dp=0, tp=0, pp=1)) == 4
+    layout = Layout(dp=2, tp=2, pp=2, cp=2)
+    assert layout.rank(Coord(dp=0, tp=1, pp=0, cp=0)) == 1
+    assert layout.rank(Coord(dp=0, tp=0, pp=0, cp=1)) == 2
+    assert layout.rank(Coord(dp=1, tp=0, pp=0, cp=0)) == 4
+    assert layout.rank(Coord(dp=0, tp=0, pp=1, cp=0)) == 8
+
+
+@pytest.mark.parametrize(
+    ("tp", "kv_heads", "groups"),
+    [
+        (1, 4, [[0], [1]]),
+        (2, 4, [[0], [1], [2], [3]]),
+        (4, 4, [[0], [1], [2], [3], [4], [5], [6], [7]]),
+        (4, 2, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (4, 1, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ],
+)
+def test_ranks_that_hold_the_same_key_value_heads(tp: int, kv_heads: int, groups: list[list[int]]) -> None:
+    assert Layout(2, tp).kv_groups(kv_heads) == groups
+    assert Layout(1, tp, 2).kv_groups(kv_heads) == groups
+
+
+def test_first_and_last_stage_share_a_tied_embedding() -> None:
+    assert Layout(2, 1, 3).tied_groups() == [[0, 4], [1, 5]]
+    assert Layout(1, 2, 2).tied_groups() == [[0, 2], [1, 3]]
+    assert Layout(4, 2).tied_groups() == []
 
 
 def test_a_rank_outside_the_world_is_a_defect() -> None:
