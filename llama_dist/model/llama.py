@@ -1,13 +1,16 @@
 """LLaMA-2/3 in plain torch, without parallel code: read it from top to bottom.
 
-A tensor-parallel caller may swap the linear and embedding modules for ones that hold a slice: head counts are read
-off the tensors that flow, and every weight is touched only by calling its module (ZeRO-3 gathers on that call).
-Submodules carry Hugging Face's names, so a parameter's name is its logical name on any slice of the model.
+A caller may swap modules for ones that hold a slice, `Attention.attend` for one that sees more of the sequence, and
+`Linear.multiply`: head counts are read off the tensors that flow, and every weight is touched only by calling its
+module (ZeRO-3 gathers on that call). Submodules carry Hugging Face's names, so a parameter's name is its logical name
+on any slice of the model.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +20,27 @@ from torch.nn import functional as F
 from llama_dist.config import ModelConfig
 
 
+# For each row of a batch, the positions of the whole sequence at which a document begins: ascending, the first is 0.
+Documents = tuple[tuple[int, ...], ...]
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) times weight (out, in): (..., out)."""
+    return F.linear(x, weight)
+
+
 class Linear(nn.Linear):
     """A linear map without bias whose weight is left unset: model/init.py or a checkpoint fills it."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.multiply: Callable[[Tensor, Tensor], Tensor] = linear
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.weight)
 
 
 class Embedding(nn.Embedding):
@@ -34,8 +50,15 @@ class Embedding(nn.Embedding):
         pass
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square normalisation over the last dimension, in float32 (Zhang and Sennrich 2019)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -43,9 +66,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -107,15 +128,46 @@ class Cache:
         return keys[:, :, :stop], values[:, :, :stop]
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Grouped-query attention of the last T positions over all S >= T: (batch, heads, T, head_dim)."""
+@dataclass(frozen=True)
+class Places:
+    """Where the positions of a batch lie in their sequences, and what they may see."""
+
+    rotary: tuple[Tensor, Tensor]  # of rotary_tables, for exactly the positions that attention's inputs have
+    start: int = 0
+    cache: Cache | None = None
+    documents: Documents | None = None
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None = None) -> Tensor:
+    """Grouped-query attention of the last T positions over all S >= T: (batch, heads, T, head_dim).
+
+    With `documents` (whole sequences only, T = S), a position sees the earlier positions of its own document.
+    """
     new, total = query.shape[2], key.shape[2]
+    if documents is not None:
+        return _attention_within(documents, query, key, value)
     mask = None
     if 1 < new < total:  # is_causal would align the triangle with the first position, not the last
         mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=new == total, enable_gqa=query.shape[1] != key.shape[1]
     )
+
+
+def _attention_within(documents: Documents, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Document by document: no mask of T x T, and no arithmetic on pairs that do not see each other."""
+    batch, length = query.shape[0], query.shape[2]
+    assert key.shape[2] == length, f"{length} positions cannot be told apart by document with {key.shape[2]} keys"
+    assert len(documents) == batch, f"documents of {len(documents)} rows for a batch of {batch}"
+    rows = []
+    # split and not indexing: its backward is one concatenation, and not a full-size zero tensor for each slice.
+    for begins, *row in zip(documents, query.split(1), key.split(1), value.split(1), strict=True):
+        edges = (*begins, length)
+        sizes = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+        assert edges[0] == 0 and min(sizes) > 0, f"documents begin at {begins} in a sequence of {length} positions"
+        parts = [causal_attention(*part) for part in zip(*(x.split(sizes, dim=2) for x in row), strict=True)]
+        rows.append(torch.cat(parts, dim=2))
+    return torch.cat(rows)
 
 
 class Attention(nn.Module):
@@ -129,14 +181,15 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+        self.attend: Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor] = causal_attention
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], start: int = 0, cache: Cache | None = None) -> Tensor:
-        query = rotate(self._heads(self.q_proj(x)), *rotary)
-        key = rotate(self._heads(self.k_proj(x)), *rotary)
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        query = rotate(self._heads(self.q_proj(x)), *places.rotary)
+        key = rotate(self._heads(self.k_proj(x)), *places.rotary)
         value = self._heads(self.v_proj(x))
-        if cache is not None:
-            key, value = cache.extend(self.layer, key, value, start=start)
-        return self.o_proj(causal_attention(query, key, value).transpose(1, 2).flatten(2))
+        if places.cache is not None:
+            key, value = places.cache.extend(self.layer, key, value, start=places.start)
+        return self.o_proj(self.attend(query, key, value, places.documents).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -165,8 +218,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], start: int = 0, cache: Cache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, start, cache)
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), places)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -194,17 +247,29 @@ class Llama(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self._tie()
 
-    def forward(self, x: Tensor, *, start: int = 0, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        start: int = 0,
+        length: int | None = None,
+        documents: Documents | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Logits (B, T, vocab_size) on the last slice, else hidden states (B, T, hidden_size).
 
         x: token ids (B, T) int64 on the first slice, else hidden states (B, T, hidden_size) of the slice before.
         start: the position of x[:, 0]; positions before it are taken from `cache`, which then must have seen them.
+        length: the number of positions of this batch, of which hidden states may be a part; default: those of x.
+        documents: where the documents of each row begin; positions see only their own. None: one document a row.
         """
-        rotary = rotary_tables(self.config, start=start, length=x.shape[1], device=x.device)
+        length = x.shape[1] if length is None else length
+        rotary = rotary_tables(self.config, start=start, length=length, device=x.device)
+        places = Places(rotary, start, cache, documents)
         if self.first:
             x = self.model.embed_tokens(x)
         for layer in self.model.layers.values():
-            x = layer(x, rotary, start, cache)
+            x = layer(x, places)
         return self.lm_head(self.model.norm(x)) if self.last else x
 
     def _tie(self) -> None:
