@@ -73,6 +73,19 @@ class Layout:
         pairs = [[group[0], group[-1]] for group in self.pipeline_groups()]
         return [pair for pair in pairs if pair[0] != pair[1]]
 
+    def pipeline_edges(self) -> list[tuple[int, int]]:
+        """(rank, the rank of the next stage) all round every pipeline, the last stage being followed by the first.
+
+        In an order in which neighbours can meet at once: every other edge, then those between; whatever waits for both
+        ends of an edge has pipelines of any length connected after three of them. None where a pipeline is one rank.
+        """
+        edges = []
+        for ranks in self.pipeline_groups():
+            for stage, rank in enumerate(ranks):
+                closes_odd_ring = self.pp % 2 == 1 and stage == self.pp - 1
+                edges.append((2 if closes_odd_ring else stage % 2, rank, ranks[(stage + 1) % self.pp]))
+        return [(rank, after) for _, rank, after in sorted(edges) if rank != after]
+
     def _grouped(self, shared: Callable[[Coord], tuple[int, ...]]) -> list[list[int]]:
         """The ranks whose coordinates have the same `shared` part; ascending within a group and by first rank."""
         groups: dict[tuple[int, ...], list[int]] = {}

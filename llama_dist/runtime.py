@@ -33,18 +33,48 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Channel:
+    """One direction of travel between two ranks: their group, and the global rank at the other end."""
+
+    group: dist.ProcessGroup
+    peer: int
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Where a pipeline rank receives from and sends to; the last stage is followed by the first.
+
+    Activations travel forward and gradients backward. Each is a group of its own, since on one NCCL communicator a
+    send would wait behind a receive that was posted before it.
+    """
+
+    forward_in: Channel
+    forward_out: Channel
+    backward_in: Channel
+    backward_out: Channel
+
+
+@dataclass(frozen=True)
 class Groups:
     """The process groups of one rank, made once and handed to whoever communicates.
 
-    `dp`: the ranks that hold the same slice of the model (ZeRO partitions over it). `replica`: the tp x pp ranks that
-    hold one copy of the model. `pp`: the stages of this rank's pipeline, in order. `control`: all ranks, always gloo,
-    for decisions on host integers that must not wait for a device.
+    `dp`: the dp x cp ranks that hold the same slice of the model (ZeRO partitions over it). `tp`: those that hold the
+    cuts of the same matrices. `cp`: those that hold the parts of the same sequences. `replica`: the tp x pp ranks of
+    one (dp, cp), which hold one copy of the model. `pp`: the stages of this rank's pipeline, in order. `kv`: the
+    tensor-parallel ranks that hold the same key/value head. `tied`: first and last stage of this pipeline, None on
+    any other stage. `control`: all ranks, always gloo, for decisions on host integers that must not wait for a
+    device. `channels`: to the neighbouring stages, None where the pipeline is one rank.
     """
 
     dp: dist.ProcessGroup
+    tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
     replica: dist.ProcessGroup
     pp: dist.ProcessGroup
+    kv: dist.ProcessGroup
+    tied: dist.ProcessGroup | None
     control: dist.ProcessGroup
+    channels: Channels | None
 
 
 @dataclass(frozen=True)
@@ -153,8 +183,10 @@ def pick_device(environment: Environment, wanted: str) -> torch.device:
     return device
 
 
-def start_runtime(environment: Environment, layout: Layout, *, device: torch.device, timeout_seconds: float) -> Runtime:
-    """Join the other ranks and make the groups of `layout`. Collective over all ranks.
+def start_runtime(
+    environment: Environment, layout: Layout, *, device: torch.device, timeout_seconds: float, kv_heads: int
+) -> Runtime:
+    """Join the other ranks and make the groups of `layout`, for a model of `kv_heads`. Collective over all ranks.
 
     A collective that waits longer than `timeout_seconds` for a silent rank fails with an error on the ranks that wait.
     """
@@ -166,20 +198,18 @@ def start_runtime(environment: Environment, layout: Layout, *, device: torch.dev
         # One process needs no port, so several single runs on one machine never collide.
         rendezvous = {"store": dist.HashStore()}
     if not dist.is_initialized():
+        # No device_id: torch would then split every group off the world's communicator, which takes all ranks for
+        # each of thousands of groups. Without it a communicator is made at first use, by its members alone.
         dist.init_process_group(
             backend=backend_of(device),
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
             **rendezvous,
         )
-    groups = Groups(
-        dp=_own_group(layout.data_parallel_groups(), environment.rank, timeout),
-        replica=_own_group(layout.replica_groups(), environment.rank, timeout),
-        pp=_own_group(layout.pipeline_groups(), environment.rank, timeout),
-        control=dist.new_group(backend="gloo", timeout=timeout),
-    )
+    groups = _make_groups(layout, rank=environment.rank, kv_heads=kv_heads, timeout=timeout)
+    if groups.channels:
+        _connect(groups.channels, layout.pipeline_edges(), rank=environment.rank, device=device)
     return Runtime(environment, layout, layout.coord(environment.rank), groups, device)
 
 
@@ -199,15 +229,65 @@ def stop_runtime() -> None:
         dist.destroy_process_group()
 
 
-def _own_group(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Make every group of an axis (all ranks must call for all of them) and return the one that holds `rank`."""
-    own = None
-    for ranks in groups:
-        group = dist.new_group(ranks, timeout=timeout)
-        if rank in ranks:
-            own = group
-    assert own is not None, f"rank {rank} is in none of {groups}"
-    return own
+def _make_groups(layout: Layout, *, rank: int, kv_heads: int, timeout: timedelta) -> Groups:
+    """Make all groups of all ranks, in one order everywhere.
+
+    All ranks call for all groups, also for those of others, which costs them 10 microseconds each and no message:
+    torch numbers the groups by call, and ranks that made only their own (`use_local_synchronization`) would name a
+    group after how many groups each has, wait for each other under different names and hang.
+    """
+    alone = _own_group([[one] for one in range(layout.world)], rank, timeout)
+
+    def own(groups: list[list[int]]) -> dist.ProcessGroup:
+        made = alone if max(map(len, groups)) == 1 else _own_group(groups, rank, timeout)
+        assert made is not None, f"rank {rank} is in none of {groups}"
+        return made
+
+    return Groups(
+        dp=own(layout.data_parallel_groups()),
+        tp=own(layout.tensor_groups()),
+        cp=own(layout.context_groups()),
+        replica=own(layout.replica_groups()),
+        pp=own(layout.pipeline_groups()),
+        kv=own(layout.kv_groups(kv_heads)),
+        tied=_own_group(layout.tied_groups(), rank, timeout),
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        channels=_make_channels(layout.pipeline_edges(), rank, timeout),
+    )
+
+
+def _own_group(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
+    """Make every group of an axis and return the one that holds `rank`."""
+    made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
+    return next((group for ranks, group in zip(groups, made, strict=True) if rank in ranks), None)
+
+
+def _make_channels(edges: list[tuple[int, int]], rank: int, timeout: timedelta) -> Channels | None:
+    """Make both channels of every edge and return the four ends that are here."""
+    ends: dict[str, Channel] = {}
+    for before, after in edges:
+        forward, backward = (dist.new_group([before, after], timeout=timeout) for _ in range(2))
+        if rank == before:
+            ends |= {"forward_out": Channel(forward, after), "backward_in": Channel(backward, after)}
+        if rank == after:
+            ends |= {"forward_in": Channel(forward, before), "backward_out": Channel(backward, before)}
+    return Channels(**ends) if ends else None
+
+
+def _connect(channels: Channels, edges: list[tuple[int, int]], *, rank: int, device: torch.device) -> None:
+    """Pass a byte through each channel, edge by edge in an order on which all ranks agree.
+
+    NCCL connects two ranks in their first message and holds up both until then: a receive posted ahead on a channel
+    that was never used would keep its rank from sending what the other waits for.
+    """
+    byte = torch.zeros(1, dtype=torch.uint8, device=device)
+    for before, after in edges:
+        if rank == before:
+            dist.send(byte, after, group=channels.forward_out.group)
+            dist.recv(byte, after, group=channels.backward_in.group)
+        if rank == after:
+            dist.recv(byte, before, group=channels.forward_in.group)
+            dist.send(byte, before, group=channels.backward_out.group)
 
 
 def _fill_environment(environment: Environment) -> None:

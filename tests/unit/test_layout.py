@@ -13,17 +13,17 @@ LAYOUTS = [Layout(dp, tp, pp, cp) for dp, tp, pp, cp in itertools.product(SIZES,
 AXES = ("dp", "tp", "pp", "cp")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_rank_and_coord_are_inverse(layout: Layout) -> None:
-    coords = [layout.coord(rank) for rank in range(layout.world)]
-    assert [layout.rank(coord) for coord in coords] == list(range(layout.world))
-    assert set(coords) == {
-        Coord(dp=dp, tp=tp, pp=pp, cp=cp)
-        for dp in range(layout.dp)
-        for tp in range(layout.tp)
-        for pp in range(layout.pp)
-        for cp in range(layout.cp)
-    }
+def test_rank_and_coord_are_inverse() -> None:
+    for layout in LAYOUTS:
+        coords = [layout.coord(rank) for rank in range(layout.world)]
+        assert [layout.rank(coord) for coord in coords] == list(range(layout.world))
+        assert set(coords) == {
+            Coord(dp=dp, tp=tp, pp=pp, cp=cp)
+            for dp in range(layout.dp)
+            for tp in range(layout.tp)
+            for pp in range(layout.pp)
+            for cp in range(layout.cp)
+        }
 
 
 @pytest.mark.parametrize(
@@ -36,17 +36,17 @@ def test_rank_and_coord_are_inverse(layout: Layout) -> None:
         ("pipeline_groups", ("pp",)),
     ],
 )
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_groups_of_each_axis_partition_the_world(layout: Layout, kind: str, along: tuple[str, ...]) -> None:
+def test_the_groups_of_each_axis_partition_the_world(kind: str, along: tuple[str, ...]) -> None:
     """A group's ranks run along its axes, first axis slowest, and agree on all the others."""
-    groups: list[list[int]] = getattr(layout, kind)()
-    assert sorted(rank for group in groups for rank in group) == list(range(layout.world))
-    for group in groups:
-        coords = [layout.coord(rank) for rank in group]
-        places = [tuple(getattr(coord, axis) for axis in along) for coord in coords]
-        assert places == list(itertools.product(*(range(getattr(layout, axis)) for axis in along)))
-        others = [axis for axis in AXES if axis not in along]
-        assert len({tuple(getattr(coord, axis) for axis in others) for coord in coords}) == 1
+    others = [axis for axis in AXES if axis not in along]
+    for layout in LAYOUTS:
+        groups: list[list[int]] = getattr(layout, kind)()
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.world))
+        for group in groups:
+            coords = [layout.coord(rank) for rank in group]
+            places = [tuple(getattr(coord, axis) for axis in along) for coord in coords]
+            assert places == list(itertools.product(*(range(getattr(layout, axis)) for axis in along)))
+            assert len({tuple(getattr(coord, axis) for axis in others) for coord in coords}) == 1
 
 
 def test_tensor_parallel_ranks_are_neighbours_and_stages_farthest_apart() -> None:
@@ -76,6 +76,19 @@ def test_first_and_last_stage_share_a_tied_embedding() -> None:
     assert Layout(2, 1, 3).tied_groups() == [[0, 4], [1, 5]]
     assert Layout(1, 2, 2).tied_groups() == [[0, 2], [1, 3]]
     assert Layout(4, 2).tied_groups() == []
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1, pp) for pp in range(1, 10)] + [Layout(2, 2, 3, 2)], ids=str)
+def test_edges_lead_round_every_pipeline(layout: Layout) -> None:
+    edges = layout.pipeline_edges()
+    rings = [list(zip(ranks, ranks[1:] + ranks[:1], strict=True)) for ranks in layout.pipeline_groups()]
+    assert sorted(edges) == sorted(edge for ring in rings for edge in ring if edge[0] != edge[1])
+    # Played by ranks that take their edges in this order and each wait for the other end, all is done in three rounds.
+    queues = {rank: [edge for edge in edges if rank in edge] for rank in range(layout.world)}
+    for _ in range(3):
+        ready = {queue[0] for queue in queues.values() if queue and all(queues[r][0] == queue[0] for r in queue[0])}
+        queues = {rank: queue[1:] if queue and queue[0] in ready else queue for rank, queue in queues.items()}
+    assert not any(queues.values())
 
 
 def test_a_rank_outside_the_world_is_a_defect() -> None:

@@ -129,12 +129,13 @@ def test_a_single_process_has_all_groups_and_leaves_them(monkeypatch: pytest.Mon
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that what is written is taken back
     environment = read_environment({})
-    runtime = start_runtime(environment, Layout(1), device=torch.device("cpu"), timeout_seconds=30)
+    runtime = start_runtime(environment, Layout(1), device=torch.device("cpu"), timeout_seconds=30, kv_heads=4)
     try:
-        assert (runtime.rank, runtime.coord, runtime.is_coordinator) == (0, Coord(0, 0, 0), True)
+        assert (runtime.rank, runtime.coord, runtime.is_coordinator) == (0, Coord(dp=0, tp=0, pp=0, cp=0), True)
         groups = runtime.groups
-        for group in (groups.dp, groups.replica, groups.pp, groups.control):
-            assert dist.get_world_size(group) == 1
+        for name in ("dp", "tp", "cp", "replica", "pp", "kv", "control"):
+            assert dist.get_world_size(getattr(groups, name)) == 1
+        assert groups.tied is None and groups.channels is None
         assert dist.get_backend(groups.control) == "gloo"
         # float32 would round these, and token counts must stay exact.
         assert all_reduce_sum([2.0**52 + 1, 0.1], group=groups.control) == [2.0**52 + 1, 0.1]
@@ -146,6 +147,6 @@ def test_a_single_process_has_all_groups_and_leaves_them(monkeypatch: pytest.Mon
 
 
 def test_a_layout_of_another_size_is_a_defect() -> None:
-    with pytest.raises(AssertionError, match=r"Layout\(dp=2.* is not a layout of 1 ranks"):
-        start_runtime(read_environment({}), Layout(2), device=torch.device("cpu"), timeout_seconds=1)
+    with pytest.raises(AssertionError, match="dp=2 tp=1 pp=1 is not a layout of 1 ranks"):
+        start_runtime(read_environment({}), Layout(2), device=torch.device("cpu"), timeout_seconds=1, kv_heads=4)
     assert module.dist.is_initialized() is False
