@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
-from llama_dist.boxes import Cut
+from llama_dist.boxes import Box, Cut, slice_box
 from llama_dist.config import ModelConfig
 
 # By the end of the module's name. Linear weights are (out, in): cutting outputs is DIM0, cutting inputs DIM1.
@@ -33,6 +34,34 @@ def cut_of(name: str) -> Cut:
     raise KeyError(f"{name}: no row of CUTS says how tensor parallelism cuts this weight; add one in model/cuts.py")
 
 
+@dataclass(frozen=True)
+class Slice:
+    """What a tensor-parallel rank holds of a logical tensor.
+
+    `copies` ranks hold this very `box` of the tensor of `shape`; the rank is the `owner` where it is the first of them.
+    """
+
+    box: Box
+    shape: tuple[int, ...]
+    owner: bool
+    copies: int
+
+
+def slice_of(name: str, config: ModelConfig, *, tp: int, tp_rank: int) -> Slice:
+    """The slice of the logical tensor `name` on rank `tp_rank` of `tp`.
+
+    A key/value head is not cut: where there are more ranks than heads, neighbours hold the same one.
+    """
+    cut, shape = cut_of(name), _logical_shape(name, config)
+    parts = 1 if cut is Cut.NONE else tp
+    if name.endswith(("k_proj.weight", "v_proj.weight")):
+        parts = min(tp, config.num_key_value_heads)
+    assert tp % parts == 0, f"{name}: {parts} parts do not spread evenly over {tp} ranks"
+    copies = tp // parts
+    box = slice_box(shape, cut=cut, parts=parts, part=tp_rank // copies)
+    return Slice(box, shape, owner=tp_rank % copies == 0, copies=copies)
+
+
 def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter's name and unsharded shape, in the order of the model; a tied head is absent."""
     hidden, vocab = config.hidden_size, config.vocab_size
@@ -44,6 +73,12 @@ def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (vocab, hidden)
     return shapes
+
+
+def _logical_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
+    if name.startswith("model.layers."):
+        return _layer_shapes(config)[".".join(name.split(".")[3:-1])]
+    return (config.hidden_size,) if cut_of(name) is Cut.NONE else (config.vocab_size, config.hidden_size)
 
 
 def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

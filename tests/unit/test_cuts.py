@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from llama_dist.boxes import Cut
 from llama_dist.config import ModelConfig
-from llama_dist.model.cuts import CUTS, cut_of, flops_per_token, logical_shapes, num_parameters
+from llama_dist.model.cuts import CUTS, cut_of, flops_per_token, logical_shapes, num_parameters, slice_of
 from llama_dist.model.llama import Llama
 
 
@@ -86,3 +87,40 @@ def test_a_tied_head_costs_as_much_as_an_untied_one() -> None:
     tied = untied.model_copy(update={"tie_word_embeddings": True})
     assert flops_per_token(tied, 32) == flops_per_token(untied, 32)
     assert flops_per_token(tied, 64) - flops_per_token(tied, 32) == 12 * 2 * 64 * 32
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [8, 4, 2, 1])
+@pytest.mark.parametrize("tied", [False, True])
+def test_owners_cover_every_tensor_exactly_once(tp: int, kv_heads: int, tied: bool) -> None:
+    config = sized(16, 16, 24, 2, 8, kv_heads, tie_word_embeddings=tied)
+    for name, shape in logical_shapes(config).items():
+        slices = [slice_of(name, config, tp=tp, tp_rank=rank) for rank in range(tp)]
+        covered = np.zeros(shape, dtype=int)
+        boxes = [each.box for each in slices]
+        for rank, each in enumerate(slices):
+            assert each.shape == shape
+            assert boxes.count(each.box) == each.copies, name
+            assert each.owner == (boxes.index(each.box) == rank), name
+            if each.owner:
+                covered[each.box.slices] += 1
+        assert (covered == 1).all(), name
+
+
+def test_neighbours_share_a_key_head_and_have_its_query_heads() -> None:
+    config = sized(16, 16, 24, 1, 8, 2)  # query heads of 2 rows each: 0 to 3 see key head 0, 4 to 7 see key head 1
+    layer = "model.layers.0.self_attn."
+    for rank, (first, key, owner) in enumerate([(0, 0, True), (2, 0, False), (4, 1, True), (6, 1, False)]):
+        query = slice_of(f"{layer}q_proj.weight", config, tp=4, tp_rank=rank)
+        assert query.box.slices == (slice(2 * first, 2 * first + 4), slice(0, 16)) and query.owner
+        for name in ("k_proj", "v_proj"):
+            held = slice_of(f"{layer}{name}.weight", config, tp=4, tp_rank=rank)
+            assert held.box.slices == (slice(2 * key, 2 * key + 2), slice(0, 16))
+            assert (held.owner, held.copies, held.shape) == (owner, 2, (4, 16))
+
+
+def test_what_does_not_split_is_named() -> None:
+    with pytest.raises(AssertionError, match="v_proj.weight: 2 parts do not spread evenly over 3 ranks"):
+        slice_of("model.layers.0.self_attn.v_proj.weight", sized(9, 12, 24, 1, 6, 2), tp=3, tp_rank=0)
+    with pytest.raises(KeyError, match="q_norm"):
+        slice_of("model.layers.0.self_attn.q_norm.weight", sized(9, 12, 24, 1, 6, 2), tp=3, tp_rank=0)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_dist.config import ModelConfig, RopeScaling
 from llama_dist.model.hf import load_hf_model
 from llama_dist.model.init import init_
-from llama_dist.model.llama import Cache, Llama, RMSNorm, inverse_frequencies
+from llama_dist.model.llama import Cache, Documents, Llama, RMSNorm, causal_attention, inverse_frequencies
 
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 BASE = ModelConfig(
@@ -151,6 +151,47 @@ def test_the_future_does_not_change_the_past() -> None:
         before, after = model(ids), model(changed)
     assert torch.equal(before[:, :20], after[:, :20])
     assert not torch.equal(before[:, 20:], after[:, 20:])
+
+
+DOCUMENTS: Documents = ((0,), (0, 1, 2, 7, 11), (0, 6))
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+def test_attention_within_documents_equals_a_block_diagonal_mask(kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(3, heads, 12, 8) for heads in (6, kv_heads, kv_heads)]
+    ours = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    numbers = torch.zeros(3, 12, dtype=torch.int64)
+    for row, begins in enumerate(DOCUMENTS):
+        for begin in begins:
+            numbers[row, begin:] += 1
+    mask = (numbers[:, :, None] == numbers[:, None, :]).tril()[:, None]
+    found = causal_attention(*ours, DOCUMENTS)
+    expected = torch.nn.functional.scaled_dot_product_attention(*theirs, attn_mask=mask, enable_gqa=True)
+    assert difference(found, expected) < 1e-14
+    slope = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for result in (found, expected):
+        (result * slope).sum().backward()
+    for own, other in zip(ours, theirs, strict=True):
+        assert difference(own.grad, other.grad) < 1e-14
+
+
+def test_a_document_in_company_is_as_alone() -> None:
+    model, ids = build(BASE), random_ids(BASE, 3, 12)
+    with torch.no_grad():
+        logits = model(ids, documents=DOCUMENTS)
+        for row, begins in enumerate(DOCUMENTS):
+            for begin, end in zip(begins, (*begins[1:], 12), strict=True):
+                alone = model(ids[row : row + 1, begin:end])  # rotary positions count only by their distance
+                assert difference(logits[row : row + 1, begin:end], alone) < 1e-5
+        assert difference(logits[1], model(ids)[1]) > 0.01
+
+
+@pytest.mark.parametrize("documents", [((1,),) * 2, ((0, 5, 5),) * 2, ((0, 12),) * 2, ((0, 7, 3),) * 2, ((0,),)])
+def test_impossible_documents_are_refused(documents: Documents) -> None:
+    with pytest.raises(AssertionError, match="documents"):
+        build(BASE)(random_ids(BASE, 2, 12), documents=documents)
 
 
 def test_bf16_is_close_and_keeps_what_must_be_exact_in_float32() -> None:
