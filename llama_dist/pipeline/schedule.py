@@ -78,6 +78,7 @@ def interleaved(shape: PipelineShape, rank: int) -> Iterator[Action]:
             f"schedule interleaved: {m} micro-batches over pp={pp} ranks; the micro-batches must be a multiple of pp; "
             f"use {' or '.join(map(str, near))}, or the schedule 1f1b"
         )
+    # Once the distance to the last rank would do if transfers took no time; the second time hides them.
     warmup = 2 * (pp - 1 - rank) + (shape.virtual_stages - 1) * pp
     yield from _alternate(_grouped(shape, rank, "F"), _grouped(shape, rank, "B"), warmup=warmup)
 
@@ -245,11 +246,10 @@ class _Clock:
     def run(self) -> None:
         for rank in range(self.shape.pp):
             self._look_at(rank)
-        while self._ready:
+        while self._ready:  # whatever is under way has a computation that waits for it, so that nothing is left over
             now, rank = heappop(self._ready)
             self._deliver(until=now)
             self._compute(rank, now)
-        self._deliver(until=max(self.free_at))
 
     def _compute(self, rank: int, now: int) -> None:
         action = self.orders[rank].popleft()

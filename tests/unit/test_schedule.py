@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -311,12 +312,13 @@ def test_a_shape_that_a_schedule_does_not_take(name: str, shape: PipelineShape, 
         PipelineShape(1, 0)
 
 
-def test_a_schedule_that_can_never_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def backward_first(shape: PipelineShape, rank: int) -> list[Action]:
-        return [Action("B", 0, rank), Action("F", 0, rank)]
+@pytest.mark.parametrize(("kinds", "stuck"), [("BF", "{0: 'B0@0', 1: 'B0@1'}"), ("FWB", "{0: 'W0@0', 1: 'W0@1'}")])
+def test_a_schedule_that_can_never_run_is_named(kinds: str, stuck: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def upside_down(shape: PipelineShape, rank: int) -> list[Action]:
+        return [Action(kind, 0, rank) for kind in kinds]  # type: ignore[arg-type]
 
-    monkeypatch.setitem(SCHEDULES, "upside-down", backward_first)
-    with pytest.raises(ValueError, match=r"'upside-down' with .*pp=2.* can never run: .*\{0: 'B0@0', 1: 'B0@1'\}"):
+    monkeypatch.setitem(SCHEDULES, "upside-down", upside_down)
+    with pytest.raises(ValueError, match=rf"'upside-down' with .*pp=2.* can never run: waiting on {re.escape(stuck)}"):
         program("upside-down", PipelineShape(2, 1))
 
 
