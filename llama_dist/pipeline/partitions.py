@@ -79,6 +79,35 @@ def flat_masters(optimizer: Any) -> list[Tensor]:
     )
 
 
+def tied_gradient(optimizer: Any, parameter: nn.Parameter, *, zero: int) -> Tensor:
+    """This rank's part of the step's gradient of `parameter`: 1-D, a view that the update and the norm then read.
+
+    It is reduced over the `dp` group and final between the step's last backward and `step()`. Ranks at the same place
+    in `dp` groups of equal size hold the same elements of parameters of equal shape, and may sum their views in place.
+    ZeRO-1 and 2 cut the concatenation of a parameter group, so there `parameter` must be alone in its group.
+    """
+    if zero == 3:
+        index, place = _place_in(optimizer.fp16_groups, parameter)
+        part = optimizer.averaged_gradients[index][place].view(-1)
+        start = min(part.numel() * torch.distributed.get_rank(parameter.ds_process_group), parameter.ds_numel)
+        return part.narrow(0, 0, min(part.numel(), parameter.ds_numel - start))
+    if hasattr(optimizer, "fp32_groups_gradients"):  # BF16_Optimizer keeps whole gradients on every rank
+        index, place = _place_in(optimizer.bf16_groups, parameter)
+        return optimizer.fp32_groups_gradients[index][place].view(-1)
+    index, _ = _place_in(optimizer.bit16_groups, parameter)
+    assert len(optimizer.bit16_groups[index]) == 1, "a tied parameter must have a parameter group of its own"
+    gradients = optimizer.averaged_gradients[index]
+    held = 0 if parameter._hp_mapping is None else parameter._hp_mapping.lp_fragment_address.numel
+    flat = getattr(gradients, "flat_partition", None)  # with float32 gradients of bfloat16 weights
+    return (gradients[0].view(-1) if flat is None else flat).narrow(0, 0, held)
+
+
+def _place_in(groups: Sequence[Sequence[nn.Parameter]], parameter: nn.Parameter) -> tuple[int, int]:
+    """Which group holds `parameter`, and at which place."""
+    places = ((i, j) for i, group in enumerate(groups) for j, other in enumerate(group) if other is parameter)
+    return next(places)
+
+
 def start_optimizer_state(optimizer: Any) -> None:
     """Zero the step count and moments of AdamW now, so that they can be read and written before the first step."""
     for flat in flat_masters(optimizer):
@@ -104,3 +133,20 @@ def refresh_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], *, ze
     # Small parameters stay gathered between steps; dropping the copies makes the next forward gather them anew.
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+
+
+def clear_gradients(optimizer: Any, *, zero: int) -> None:
+    """Begin a step with gradients of zero, to which every backward adds.
+
+    ZeRO-3 otherwise overwrites in the first backward of a step, which loses gradients where that backward does not
+    reach all parameters: with several chunks on a rank each backward reaches one of them.
+    """
+    if zero == 3:
+        for partition in gradient_partitions(optimizer).values():
+            partition.zero_()
+        optimizer.micro_step_id = 1
+
+
+def gradient_partitions(optimizer: Any) -> dict[int, Tensor]:
+    """Of a ZeRO-3 optimizer: this rank's accumulated gradient of each parameter, flat and padded, by its ds_id."""
+    return optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
