@@ -12,8 +12,15 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llama_dist.config_checks import batch_problem, divisors, either_side
-from llama_dist.config_problems import conflicts_within, find_problems
+from llama_dist.config_layouts import (
+    batch_problem,
+    count_multiple,
+    micro_batch_size,
+    nearest_text,
+    sharing_dps,
+    start_text,
+)
+from llama_dist.config_problems import conflicts_within, find_problems, settings_of
 from llama_dist.config_yaml import Document, dump_yaml, graft_, override_, read_document
 from llama_dist.errors import UserError
 from llama_dist.layout import Layout
@@ -107,7 +114,8 @@ class ParallelConfig(Section):
     communication)."""
     micro_batch: Count = 1
     """Sequences that a replica takes through the model at a time, at most: what bounds the memory of activations. The
-    largest number up to this that divides the replica's share is used, and the rest of the share is accumulated."""
+    largest number up to this that divides the replica's share is used, and the rest of the share is accumulated; for
+    schedule interleaved the number of micro-batches is a multiple of pp."""
     schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
     """Order of forwards and backwards in the pipeline: one forward one backward, all forwards first, 1f1b over
     virtual stages (a smaller bubble for more messages), or zero bubble H1 (the gradients of weights fill the bubble)."""
@@ -287,35 +295,38 @@ def dump_config(run: RunConfig) -> str:
 
 
 def fit_layout(run: RunConfig, world_size: int) -> Layout:
-    """The run's layout on `world_size` ranks. Raises UserError naming what would fit."""
-    parallel = run.parallel
-    replica = parallel.tp * parallel.pp
-    if parallel.dp == "auto":
-        if world_size % replica:
-            raise UserError(
-                f"run {run.name}: the world size {world_size} is not a multiple of parallel.tp * parallel.pp = "
-                f"{parallel.tp} * {parallel.pp} = {replica}; start {either_side(world_size, replica)} ranks"
-            )
-        dp = world_size // replica
+    """The run's layout on `world_size` ranks. Raises UserError naming the nearest that would fit."""
+    parallel, batch = run.parallel, run.train.global_batch
+    replica = parallel.tp * parallel.pp * parallel.cp
+    product = f"{parallel.tp} * {parallel.pp} * {parallel.cp}"
+    dp = world_size // replica if parallel.dp == "auto" else parallel.dp
+    if dp * replica == world_size:
+        problem = batch_problem(batch, dp, pp=parallel.pp, schedule=parallel.schedule, replica=replica)
+    elif parallel.dp == "auto":
+        dps = sharing_dps(batch, pp=parallel.pp, schedule=parallel.schedule)
+        problem = (
+            f"the world size {world_size} is not a multiple of parallel.tp * parallel.pp * parallel.cp = "
+            f"{product} = {replica}{start_text(world_size, replica=replica, dps=dps)}"
+        )
     else:
-        dp = parallel.dp
-        if dp * replica != world_size:
-            instead = f", or use parallel.dp={world_size // replica} or auto" if world_size % replica == 0 else ""
-            raise UserError(
-                f"run {run.name}: the world size {world_size} is not parallel.dp * parallel.tp * parallel.pp = "
-                f"{dp} * {parallel.tp} * {parallel.pp} = {dp * replica}; start {dp * replica} ranks{instead}"
-            )
-    problem = batch_problem(run.train.global_batch, dp, replica=replica)
+        problem = (
+            f"the world size {world_size} is not parallel.dp * parallel.tp * parallel.pp * parallel.cp = "
+            f"{dp} * {product} = {dp * replica}; start {dp * replica} ranks"
+        )
     if problem:
-        raise UserError(f"run {run.name}: {problem}")
-    return Layout(dp=dp, tp=parallel.tp, pp=parallel.pp)
+        raise UserError(f"run {run.name}: {problem}; {nearest_text(settings_of(run), world_size)}")
+    return Layout(dp, parallel.tp, parallel.pp, parallel.cp)
 
 
 def micro_batch_of(run: RunConfig, layout: Layout) -> int:
-    """Sequences in a micro-batch on this layout: the largest divisor of a replica's share up to the setting."""
+    """Sequences in a micro-batch on this layout: the largest number up to the setting that cuts a replica's share well.
+
+    That is into equal micro-batches, and for the interleaved schedule into a multiple of pp of them.
+    """
     share, rest = divmod(run.train.global_batch, layout.dp)
     assert rest == 0, f"{layout} does not share out a global batch of {run.train.global_batch}; use fit_layout"
-    return max(size for size in divisors(share) if size <= run.parallel.micro_batch)
+    multiple = count_multiple(run.parallel.schedule, layout.pp)
+    return micro_batch_size(share, at_most=run.parallel.micro_batch, count_multiple=multiple)
 
 
 def _read_model_(document: Document, folder: Path) -> None:

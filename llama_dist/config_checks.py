@@ -6,59 +6,35 @@ A check is a function of a few settings, so all that can be judged is judged eve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-
-class Check(NamedTuple):
-    """A generator of problems and the settings (dotted) that it takes; the first is where the problem is shown."""
-
-    settings: tuple[str, ...]
-    problems: Callable[..., Iterator[str]]
+from llama_dist.config_layouts import LAYOUT_CHECKS, LAYOUT_SETTINGS, nearest_text
+from llama_dist.config_numbers import Check, choice, divisors, either_side
 
 
 def find_conflicts(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(setting, problem) for every check all of whose settings are known."""
+    layout = _found(LAYOUT_CHECKS, known)
+    if layout and known.keys() >= LAYOUT_SETTINGS:
+        name, problem = layout[0]
+        layout[0] = (name, f"{problem}; {nearest_text(known, _world(known))}")
+    return _found(CHECKS, known) + layout
+
+
+def _found(checks: Sequence[Check], known: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (check.settings[0], problem)
-        for check in CHECKS
+        for check in checks
         if all(name in known for name in check.settings)
         for problem in check.problems(*(known[name] for name in check.settings))
     ]
 
 
-def divisors(number: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def choice(numbers: list[int], near: int) -> str:
-    """`{1, 2, 4}`: at most the eight numbers that are nearest."""
-    return "{" + ", ".join(map(str, sorted(sorted(numbers, key=lambda n: abs(n - near))[:8]))) + "}"
-
-
-def either_side(value: int, multiple: int) -> str:
-    """The multiples next to `value`: `12 or 18`."""
-    below = value // multiple * multiple
-    return f"{below} or {below + multiple}" if below else str(multiple)
-
-
-def batch_problem(global_batch: int, dp: int, *, replica: int | None = None) -> str | None:
-    """What is wrong with a global batch (in sequences) that `dp` replicas share.
-
-    `replica` is the number of ranks in a replica, where the world size decides dp and not the config.
-    """
-    if global_batch % dp == 0:
-        return None
-    fit = divisors(global_batch)
-    if replica is None:
-        way = f"parallel.dp in {choice(fit, dp)}"
-    else:
-        way = f"a world size in {choice([replica * n for n in fit], replica * dp)}"
-    return (
-        f"train.global_batch={global_batch} does not split evenly over {dp} replicas; use "
-        f"train.global_batch={either_side(global_batch, dp)}, or {way}"
-    )
+def _world(known: Mapping[str, Any]) -> int | None:
+    """The world size, where the config says it."""
+    axes = [known[f"parallel.{axis}"] for axis in ("dp", "tp", "pp", "cp")]
+    return None if axes[0] == "auto" else math.prod(axes)
 
 
 def _kv_heads(kv_heads: int, heads: int) -> Iterator[str]:
@@ -103,35 +79,12 @@ def _rope_range(original: int, positions: int) -> Iterator[str]:
         )
 
 
-def _tensor_parallel(tp: int, kv_heads: int, heads: int, vocab: int, intermediate: int) -> Iterator[str]:
-    fit = choice(divisors(math.gcd(kv_heads, heads, vocab, intermediate)), tp)
-    sizes = {
-        "num_key_value_heads": kv_heads,
-        "num_attention_heads": heads,
-        "vocab_size": vocab,
-        "intermediate_size": intermediate,
-    }
-    for name, size in sizes.items():
-        if size % tp:
-            yield f"parallel.tp={tp} does not divide model.{name}={size}; use tp in {fit}"
-
-
-def _pipeline_parallel(pp: int, layers: int) -> Iterator[str]:
-    if pp > layers:
-        yield f"parallel.pp={pp} exceeds model.num_hidden_layers={layers}; use pp <= {layers}"
-
-
 def _recomputation(every: int | str, layers: int) -> Iterator[str]:
     if isinstance(every, int) and every > layers:
         yield (
             f"parallel.activation_checkpointing={every} exceeds model.num_hidden_layers={layers}, so that no layer "
             f"would be recomputed; use a number from 2 to {layers}, or none"
         )
-
-
-def _batch(global_batch: int, dp: int | str) -> Iterator[str]:
-    if isinstance(dp, int) and (problem := batch_problem(global_batch, dp)):
-        yield problem
 
 
 def _warmup(warmup: int, steps: int) -> Iterator[str]:
@@ -180,16 +133,7 @@ CHECKS: tuple[Check, ...] = (
     Check(_model("head_dim"), _head_dim),
     Check(_model("rope_scaling.low_freq_factor", "rope_scaling.high_freq_factor"), _rope_bands),
     Check(_model("rope_scaling.original_max_position_embeddings", "max_position_embeddings"), _rope_range),
-    Check(
-        (
-            "parallel.tp",
-            *_model("num_key_value_heads", "num_attention_heads", "vocab_size", "intermediate_size"),
-        ),
-        _tensor_parallel,
-    ),
-    Check(("parallel.pp", "model.num_hidden_layers"), _pipeline_parallel),
     Check(("parallel.activation_checkpointing", "model.num_hidden_layers"), _recomputation),
-    Check(("train.global_batch", "parallel.dp"), _batch),
     Check(("optim.warmup_steps", "train.steps"), _warmup),
     Check(("optim.decay_steps", "optim.schedule", "optim.warmup_steps", "train.steps"), _decay),
     Check(("data.seq_len", "model.max_position_embeddings"), _positions),

@@ -63,8 +63,12 @@ def find_problems(root: type[BaseModel], tree: type[BaseModel], values: dict[str
 
 def conflicts_within(root: type[BaseModel], section: BaseModel) -> list[str]:
     """What does not fit together in settings that are right one by one."""
-    known = dict(_known(type(section), section.model_dump(), _prefix(root, type(section)), set()))
-    return [text for _, text in find_conflicts(known)]
+    return [text for _, text in find_conflicts(settings_of(section, _prefix(root, type(section))))]
+
+
+def settings_of(section: BaseModel, prefix: Keys = ()) -> dict[str, Any]:
+    """(dotted name -> value) of every setting of a section, named from `prefix`."""
+    return dict(_known(type(section), section.model_dump(), prefix, set()))
 
 
 def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -128,7 +132,8 @@ def _explain(
                 return Problem(keys, f"{dotted(keys)} is missing; it takes {allowed(here, metadata)}")
             value = value[key]
         elif isinstance(key, int) and isinstance(value, list) and key < len(value):
-            here, metadata = get_args(here)[min(key, len(get_args(here)) - 1)], ()
+            items = _items_of(here)
+            here, metadata = items[min(key, len(items) - 1)], ()
             value = value[key]
         else:
             location = location[:depth]
@@ -211,6 +216,13 @@ def _tree_of(annotation: Any) -> type[BaseModel] | None:
         if isinstance(part, type) and issubclass(part, BaseModel):
             return part
     return None
+
+
+def _items_of(annotation: Any) -> tuple[Any, ...]:
+    """What the items of a `list[X]`, a `tuple[X, Y]` or one of these or null may be."""
+    if get_origin(annotation) in (list, tuple):
+        return get_args(annotation)
+    return next(items for part in get_args(annotation) if (items := _items_of(part)))
 
 
 def _default(field: FieldInfo) -> str:

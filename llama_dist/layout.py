@@ -26,7 +26,7 @@ class Layout:
     cp: int = 1
 
     def __str__(self) -> str:
-        return f"dp={self.dp} tp={self.tp} pp={self.pp}" + (f" cp={self.cp}" if self.cp != 1 else "")
+        return f"dp={self.dp} tp={self.tp} pp={self.pp} cp={self.cp}"
 
     @property
     def world(self) -> int:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import time
+from dataclasses import asdict
+from math import log2
 from pathlib import Path
 
 import pytest
@@ -18,7 +23,8 @@ from llama_dist.config import (
     load_model_config,
     micro_batch_of,
 )
-from llama_dist.config_problems import list_settings
+from llama_dist.config_layouts import nearest_layouts
+from llama_dist.config_problems import list_settings, settings_of
 from llama_dist.errors import UserError
 from llama_dist.layout import Layout
 
@@ -457,9 +463,87 @@ def test_all_problems_are_reported_each_on_its_line(run_file: Path) -> None:
             "model.num_attention_heads=4 does not divide model.hidden_size=2",
         ),
         (
-            ["parallel.tp=4"],
-            "parallel.tp=4 does not divide model.num_key_value_heads=2; use tp in {1, 2}",
+            ["parallel.tp=4", "model.num_attention_heads=12", "model.head_dim=8", "model.num_key_value_heads=6"],
+            "parallel.tp=4 neither divides model.num_key_value_heads=6 nor is a multiple of it; use tp in {1, 2}",
         ),
+        (
+            ["parallel.tp=3"],
+            "parallel.tp=3 does not divide model.num_attention_heads=4; use tp in {1, 2, 4}; "
+            "replicas that fit: tp=4 pp=1 cp=1, tp=2 pp=1 cp=1, tp=4 pp=2 cp=1",
+        ),
+        (
+            ["parallel.tp=3", "parallel.dp=2", "model.num_hidden_layers=3"],
+            "; layouts of 6 ranks that fit: dp=2 tp=1 pp=3 cp=1, dp=1 tp=2 pp=3 cp=1, dp=1 tp=1 pp=3 cp=2",
+        ),
+        (
+            ["parallel.tp=3", "parallel.dp=2"],
+            "; no layout of 6 ranks fits these settings; of other sizes: dp=2 tp=2 pp=1 cp=1 (4), "
+            "dp=2 tp=4 pp=1 cp=1 (8), dp=2 tp=1 pp=1 cp=1 (2)",
+        ),
+        (
+            ["parallel.cp=3"],
+            "parallel.cp=3 does not divide the 4 query heads of a rank (model.num_attention_heads=4, parallel.tp=1); "
+            "use cp in {1, 2, 4}",
+        ),
+        (
+            ["parallel.cp=4", "parallel.tp=2"],
+            "parallel.cp=4 does not divide the 2 query heads of a rank (model.num_attention_heads=4, parallel.tp=2); "
+            "use cp in {1, 2}",
+        ),
+        (
+            ["parallel.cp=4", "model.num_attention_heads=12", "model.head_dim=8", "model.num_key_value_heads=6"],
+            "parallel.cp=4 neither divides the 6 key/value heads of a rank (model.num_key_value_heads=6, "
+            "parallel.tp=1) nor is a multiple of it; use cp in {1, 2, 3, 6, 12}",
+        ),
+        (
+            ["parallel.cp=2", "data.seq_len=63"],
+            "data.seq_len=63 does not split over parallel.cp=2 ranks; use data.seq_len=62 or 64",
+        ),
+        (
+            ["parallel.tp=4", "data.seq_len=62", "parallel.sequence_parallel=true"],
+            "data.seq_len=62 does not split over parallel.cp * parallel.tp = 1 * 4 = 4 ranks; "
+            "use data.seq_len=60 or 64, or parallel.sequence_parallel=false",
+        ),
+        (
+            ["parallel.virtual_stages=2"],
+            "parallel.virtual_stages=2 is for parallel.schedule=interleaved, and it is 1f1b; "
+            "use virtual_stages=1, or schedule=interleaved",
+        ),
+        (
+            ["parallel.schedule=interleaved"],
+            "parallel.schedule=interleaved needs parallel.virtual_stages of 2 or more (it is 1f1b over those); "
+            "use for example virtual_stages=2, or schedule=1f1b",
+        ),
+        (
+            ["parallel.schedule=interleaved", "parallel.virtual_stages=2", "parallel.pp=2"],
+            "parallel.pp * parallel.virtual_stages = 2 * 2 = 4 chunks exceed model.num_hidden_layers=2; use pp <= 1",
+        ),
+        (
+            ["parallel.schedule=interleaved", "parallel.virtual_stages=3"],
+            "parallel.pp * parallel.virtual_stages = 1 * 3 = 3 chunks exceed model.num_hidden_layers=2; "
+            "use virtual_stages <= 2",
+        ),
+        (
+            ["parallel.schedule=interleaved", "parallel.virtual_stages=2", "model.num_hidden_layers=8",
+             "parallel.pp=4", "parallel.dp=4"],
+            "parallel.schedule=interleaved needs micro-batches in a multiple of parallel.pp=4, and 2 sequences for each "
+            "replica (train.global_batch=8 / dp=4) make none; use train.global_batch=16, or parallel.dp in {1, 2}, or "
+            "parallel.schedule=1f1b; layouts of 16 ranks that fit: dp=4 tp=2 pp=2 cp=1, dp=2 tp=2 pp=4 cp=1, "
+            "dp=4 tp=1 pp=2 cp=2",
+        ),
+        (
+            ["parallel.stage_layers=[1, 2]", "parallel.pp=2"],
+            "parallel.stage_layers=[1, 2] adds up to 3 layers, and model.num_hidden_layers=2; "
+            "make it 2, or null to split by cost",
+        ),
+        (
+            ["parallel.stage_layers=[2]", "parallel.pp=2"],
+            "parallel.stage_layers=[2] has 1 entries for parallel.pp * parallel.virtual_stages = 2 * 1 = 2 chunks; "
+            "give 2, or null to split by cost",
+        ),
+        (["parallel.stage_layers=[0, 2]"], "parallel.stage_layers.0=0 is not allowed; it takes a whole number >= 1"),
+        (["parallel.stage_layers=[]"], "parallel.stage_layers=[] is not allowed"),
+        (["parallel.schedule=zb"], "it takes one of 1f1b, gpipe, interleaved, zb-h1"),
         (
             ["parallel.tp=2", "model.vocab_size=513"],
             "parallel.tp=2 does not divide model.vocab_size=513; use tp in {1}",
@@ -511,6 +595,17 @@ def test_a_conflict_is_told_with_numbers_and_the_way_out(run_file: Path, setting
         ["parallel.micro_batch=8"],
         ["parallel.dp=4"],
         ["parallel.activation_checkpointing=2"],
+        ["parallel.tp=4"],
+        ["parallel.tp=4", "model.num_key_value_heads=1"],
+        ["parallel.cp=4", "data.seq_len=64"],
+        ["parallel.cp=2", "parallel.tp=2", "parallel.sequence_parallel=true"],
+        ["parallel.sequence_parallel=true", "data.seq_len=63"],
+        ["parallel.pp=2", "parallel.stage_layers=[1, 1]"],
+        ["parallel.stage_layers=null"],
+        ["parallel.schedule=interleaved", "parallel.virtual_stages=2", "parallel.dp=8"],
+        ["parallel.schedule=interleaved", "parallel.virtual_stages=2", "model.num_hidden_layers=8", "parallel.pp=4"],
+        ["parallel.schedule=zb-h1", "parallel.pp=2", "parallel.gather=step", "data.document_mask=true"],
+        ["train.reduce_precision=fp32"],
         ["model.head_dim=32"],
         ["model.num_key_value_heads=4"],
         ["eval.every=5", "data.heldout=x"],
@@ -547,12 +642,15 @@ def test_a_run_built_in_python_is_checked(run_file: Path) -> None:
 # Layouts
 
 
-def run_with(run_file: Path, **parallel: int | str) -> RunConfig:
+def run_with(run_file: Path, **parallel: object) -> RunConfig:
     """A run of 4 heads, 4 key/value heads and 8 layers, laid out freely."""
     run = load_config(run_file, ["model.num_key_value_heads=4", "model.num_hidden_layers=8", "train.global_batch=24"])
     values = run.model_dump()
     values["parallel"].update(parallel)
     return RunConfig.model_validate(values)
+
+
+INTERLEAVED = {"schedule": "interleaved", "virtual_stages": 2}
 
 
 @pytest.mark.parametrize(
@@ -564,10 +662,14 @@ def run_with(run_file: Path, **parallel: int | str) -> RunConfig:
         ({"dp": 3}, 3, Layout(3), 4),
         ({"tp": 2, "pp": 3}, 18, Layout(3, 2, 3), 4),
         ({"dp": 2, "tp": 4, "pp": 8}, 64, Layout(2, 4, 8), 6),
+        ({"tp": 2, "cp": 2}, 12, Layout(3, 2, 1, 2), 4),
+        ({"pp": 4, **INTERLEAVED}, 4, Layout(1, 1, 4), 12),
+        ({"pp": 4, **INTERLEAVED}, 8, Layout(2, 1, 4), 12),  # of one sequence each: six would be no multiple of pp
+        ({"pp": 2, **INTERLEAVED}, 4, Layout(2, 1, 2), 6),
     ],
 )
 def test_layouts_that_fit(
-    run_file: Path, parallel: dict[str, int], world: int, layout: Layout, microbatches: int
+    run_file: Path, parallel: dict[str, object], world: int, layout: Layout, microbatches: int
 ) -> None:
     run = run_with(run_file, **parallel)
     assert fit_layout(run, world) == layout
@@ -583,38 +685,126 @@ def test_layouts_that_fit(
             {},
             5,
             "run small: train.global_batch=24 does not split evenly over 5 replicas; "
-            "use train.global_batch=20 or 25, or a world size in {1, 2, 3, 4, 6, 8, 12, 24}",
+            "use train.global_batch=20 or 25, or a world size in {1, 2, 3, 4, 6, 8, 12, 24}; "
+            "layouts of 5 ranks that fit: dp=1 tp=1 pp=5 cp=1",
         ),
         (
             {"tp": 2},
             10,
             "train.global_batch=24 does not split evenly over 5 replicas; "
-            "use train.global_batch=20 or 25, or a world size in {2, 4, 6, 8, 12, 16, 24, 48}",
+            "use train.global_batch=20 or 25, or a world size in {2, 4, 6, 8, 12, 16, 24, 48}; "
+            "layouts of 10 ranks that fit: dp=1 tp=2 pp=5 cp=1, dp=2 tp=1 pp=5 cp=1, dp=1 tp=1 pp=5 cp=2",
         ),
         (
             {"dp": 3},
             4,
-            "run small: the world size 4 is not parallel.dp * parallel.tp * parallel.pp = 3 * 1 * 1 = 3; "
-            "start 3 ranks, or use parallel.dp=4 or auto",
+            "run small: the world size 4 is not parallel.dp * parallel.tp * parallel.pp * parallel.cp = "
+            "3 * 1 * 1 * 1 = 3; start 3 ranks; "
+            "layouts of 4 ranks that fit: dp=4 tp=1 pp=1 cp=1, dp=2 tp=2 pp=1 cp=1, dp=2 tp=1 pp=2 cp=1",
         ),
-        (
-            {"dp": 2, "tp": 4},
-            6,
-            "run small: the world size 6 is not parallel.dp * parallel.tp * parallel.pp = 2 * 4 * 1 = 8; start 8 ranks",
-        ),
+        ({"dp": 2, "tp": 4}, 6, "2 * 4 * 1 * 1 = 8; start 8 ranks; layouts of 6 ranks that fit: dp=3 tp=2 pp=1 cp=1, "
+         "dp=6 tp=1 pp=1 cp=1, dp=2 tp=1 pp=3 cp=1"),
         (
             {"tp": 2, "pp": 3},
             16,
-            "run small: the world size 16 is not a multiple of parallel.tp * parallel.pp = 2 * 3 = 6; "
-            "start 12 or 18 ranks",
+            "run small: the world size 16 is not a multiple of parallel.tp * parallel.pp * parallel.cp = "
+            "2 * 3 * 1 = 6; start 12 or 18 ranks; "
+            "layouts of 16 ranks that fit: dp=2 tp=2 pp=4 cp=1, dp=4 tp=2 pp=2 cp=1, dp=1 tp=2 pp=8 cp=1",
         ),
-        ({"tp": 4}, 2, "start 4 ranks"),
+        (
+            {"tp": 2, "pp": 3},
+            29,
+            "start 24 or 36 ranks; no layout of 29 ranks fits these settings; "
+            "of other sizes: dp=2 tp=2 pp=7 cp=1 (28), dp=3 tp=2 pp=5 cp=1 (30), dp=4 tp=2 pp=4 cp=1 (32)",
+        ),
+        ({"tp": 4}, 2, "start 4 ranks; layouts of 2 ranks that fit: dp=1 tp=2 pp=1 cp=1, dp=2 tp=1 pp=1 cp=1, "
+         "dp=1 tp=1 pp=2 cp=1"),
+        (
+            {"pp": 4, **INTERLEAVED},
+            32,
+            "run small: parallel.schedule=interleaved needs micro-batches in a multiple of parallel.pp=4, and 3 "
+            "sequences for each replica (train.global_batch=24 / dp=8) make none; use train.global_batch=32, or a world "
+            "size in {4, 8, 12, 24}, or parallel.schedule=1f1b; layouts of 32 ranks that fit: dp=2 tp=4 pp=4 cp=1, "
+            "dp=2 tp=1 pp=4 cp=4, dp=2 tp=2 pp=4 cp=2",
+        ),
     ],
 )
-def test_layouts_that_do_not_fit(run_file: Path, parallel: dict[str, int], world: int, expected: str) -> None:
+def test_layouts_that_do_not_fit(run_file: Path, parallel: dict[str, object], world: int, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         fit_layout(run_with(run_file, **parallel), world)
     assert str(caught.value).endswith(expected)
+
+
+def accepted(run: RunConfig, layout: Layout) -> bool:
+    """Whether a run with exactly this layout is read and started."""
+    values = run.model_dump()
+    values["parallel"].update(asdict(layout))
+    try:
+        return fit_layout(RunConfig.model_validate(values), layout.world) == layout
+    except (UserError, ValidationError):
+        return False
+
+
+def every_layout(world: int) -> list[Layout]:
+    sizes = [n for n in range(1, world + 1) if world % n == 0]
+    axes = itertools.product(sizes, sizes, sizes, sizes)
+    return [layout for layout in itertools.starmap(Layout, axes) if layout.world == world]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["model.num_key_value_heads=1", "data.seq_len=62", "train.global_batch=6"],
+        ["parallel.sequence_parallel=true", "data.seq_len=36", "model.vocab_size=516"],
+        ["model.num_attention_heads=12", "model.num_key_value_heads=6", "model.head_dim=8", "model.vocab_size=768"],
+        ["parallel.schedule=interleaved", "parallel.virtual_stages=2", "model.num_hidden_layers=6"],
+        ["model.num_hidden_layers=6", "parallel.stage_layers=[1, 2, 3]", "parallel.pp=3"],
+    ],
+    ids=str,
+)
+def test_the_layouts_named_are_those_that_are_accepted_nearest_first(run_file: Path, changes: list[str]) -> None:
+    run = load_config(run_file, ["model.num_hidden_layers=4", *changes])
+    for world in (1, 2, 3, 4, 6, 8, 12, 16):
+        found = nearest_layouts(settings_of(run), world, at_most=10**6)
+        assert len(found) == len(set(found))
+        assert set(found) == {layout for layout in every_layout(world) if accepted(run, layout)}
+        given = Layout(1, run.parallel.tp, run.parallel.pp, run.parallel.cp)
+        moved = [sum(abs(log2(getattr(one, axis) / getattr(given, axis))) for axis in ("tp", "pp", "cp")) for one in found]
+        assert moved == sorted(moved)
+        assert found[:3] == nearest_layouts(settings_of(run), world)
+
+
+@pytest.mark.parametrize("changes", [["parallel.tp=3"], ["parallel.pp=3"], ["parallel.cp=3", "model.num_hidden_layers=9"]])
+def test_the_replicas_named_where_the_world_size_is_open_are_accepted(run_file: Path, changes: list[str]) -> None:
+    (line,) = [line for line in problems(run_file, *changes) if "replicas that fit" in line]
+    replicas = [[int(number) for number in re.findall(r"=(\d+)", text)] for text in line.rsplit(": ", 1)[1].split(", ")]
+    assert len(replicas) == 3
+    for tp, pp, cp in replicas:
+        fitted = load_config(run_file, [*changes, f"parallel.tp={tp}", f"parallel.pp={pp}", f"parallel.cp={cp}"])
+        assert fit_layout(fitted, tp * pp * cp) == Layout(1, tp, pp, cp)
+
+
+@pytest.mark.parametrize("world", [7, 13, 29])
+def test_where_no_layout_fits_the_ones_of_other_sizes_are_accepted(run_file: Path, world: int) -> None:
+    run = load_config(run_file)
+    assert not any(accepted(run, layout) for layout in every_layout(world))
+    with pytest.raises(UserError, match=f"no layout of {world} ranks fits these settings") as caught:
+        fit_layout(run, world)
+    named = re.findall(r"dp=(\d+) tp=(\d+) pp=(\d+) cp=(\d+) \((\d+)\)", str(caught.value))
+    assert len(named) == 3
+    for *axes, size in named:
+        layout = Layout(*map(int, axes))
+        assert layout.world == int(size) and accepted(run, layout)
+
+
+def test_misfits_beyond_reason_are_told_at_once(run_file: Path) -> None:
+    huge = ["model.num_attention_heads=735134400", "model.head_dim=2", "model.num_key_value_heads=735134400"]
+    started = time.perf_counter()
+    assert problems(run_file, *huge, "parallel.tp=7919", "parallel.pp=999999999", f"train.global_batch={10**9}")
+    with pytest.raises(UserError, match="layouts of 735134400 ranks|no layout of 735134400 ranks"):
+        fit_layout(load_config(run_file, ["train.global_batch=735134399"]), 735134400)
+    assert time.perf_counter() - started < 10
 
 
 # Writing

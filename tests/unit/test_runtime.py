@@ -147,6 +147,6 @@ def test_a_single_process_has_all_groups_and_leaves_them(monkeypatch: pytest.Mon
 
 
 def test_a_layout_of_another_size_is_a_defect() -> None:
-    with pytest.raises(AssertionError, match="dp=2 tp=1 pp=1 is not a layout of 1 ranks"):
+    with pytest.raises(AssertionError, match="dp=2 tp=1 pp=1 cp=1 is not a layout of 1 ranks"):
         start_runtime(read_environment({}), Layout(2), device=torch.device("cpu"), timeout_seconds=1, kv_heads=4)
     assert module.dist.is_initialized() is False
