@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,8 +13,19 @@ from torch import Tensor
 from llama_dist.config import DataConfig
 from llama_dist.data.order import sample_at, shares_of
 from llama_dist.data.shards import Shards
-from llama_dist.data.tokenizer import fingerprint_of
+from llama_dist.data.tokenizer import Tokenizer, fingerprint_of, load_tokenizer
 from llama_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Micro-batch: `tokens` (micro_batch, seq_len + 1) int64, and for each row where documents begin in tokens[:, :-1].
+
+    `documents`: positions in rising order, the first always 0; None where documents see each other.
+    """
+
+    tokens: Tensor
+    documents: tuple[tuple[int, ...], ...] | None = None
 
 
 class Loader:
@@ -41,6 +53,8 @@ class Loader:
             for source in data.train
         ]
         self.num_samples = [num_samples(shards, seq_len=data.seq_len) for shards in self._sources]
+        # Only boundaries need the tokenizer itself.
+        self._tokenizer: Tokenizer | None = load_tokenizer(data.tokenizer) if data.document_mask else None
         self._seq_len = data.seq_len
         self._vocab_size = vocab_size
         self._seed = data.seed
@@ -57,13 +71,18 @@ class Loader:
             digest.update(json.dumps([files, weight], sort_keys=True).encode())
         return digest.hexdigest()
 
-    def microbatches(self, samples_consumed: int) -> list[Tensor]:
-        """The micro-batches of the step after `samples_consumed` samples: int64 (micro_batch, seq_len + 1) each."""
+    def microbatches(self, samples_consumed: int) -> list[Batch]:
+        """The micro-batches of the step after `samples_consumed` samples."""
         first = samples_consumed + self._offset
         positions = np.arange(first, first + self._share, dtype=np.int64)
         source, sample = sample_at(positions, sizes=self.num_samples, weights=self._weights, seed=self._seed)
         rows = [self._read(int(s), int(i)) for s, i in zip(source, sample, strict=True)]
-        return list(torch.from_numpy(np.stack(rows)).split(self._micro_batch))
+        return [self._batch(tokens) for tokens in torch.from_numpy(np.stack(rows)).split(self._micro_batch)]
+
+    def _batch(self, tokens: Tensor) -> Batch:
+        if self._tokenizer is None:
+            return Batch(tokens)
+        return Batch(tokens, document_starts(tokens, bos_id=self._tokenizer.bos_id, eos_id=self._tokenizer.eos_id))
 
     def _read(self, source: int, sample: int) -> np.ndarray:
         start, shards = sample * self._seq_len, self._sources[source]
@@ -74,6 +93,21 @@ class Loader:
                 f"model.vocab_size is {self._vocab_size}; the shards are damaged, or are another tokenizer's"
             )
         return row
+
+
+def document_starts(tokens: Tensor, *, bos_id: int | None, eos_id: int) -> tuple[tuple[int, ...], ...]:
+    """For each row of `tokens` (rows, seq_len + 1), the positions in tokens[:, :-1] at which a document begins.
+
+    It begins at a bos, after an eos (shards of other tools may have no bos), and where the row does. The last token is
+    only predicted, so nothing begins there.
+    """
+    inputs = tokens[:, :-1]
+    begins = torch.zeros_like(inputs, dtype=torch.bool)
+    begins[:, 0] = True
+    begins[:, 1:] = inputs[:, :-1] == eos_id
+    if bos_id is not None:
+        begins |= inputs == bos_id
+    return tuple(tuple(row.nonzero().flatten().tolist()) for row in begins)
 
 
 def num_samples(shards: Shards, *, seq_len: int) -> int:

@@ -9,10 +9,10 @@ import torch
 from data_helpers import make_shards, small_tokenizer, text_of
 
 from llama_dist.config import DataConfig, Source
-from llama_dist.data.loader import Loader
+from llama_dist.data.loader import Batch, Loader, document_starts
 from llama_dist.data.order import sample_at
 from llama_dist.data.shards import Shards
-from llama_dist.data.tokenizer import train_tokenizer
+from llama_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from llama_dist.errors import UserError
 
 SEQ_LEN = 16
@@ -24,15 +24,27 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(make_shards(folder, documents=n, first=first, pair_tokens=300)) for n, first in ((20, 0), (9, 500))]
 
 
-def build(paths: list[str], *, weights: tuple[float, ...] = (0.75, 0.25), seed: int = 0, **layout: int) -> Loader:
+def build(
+    paths: list[str],
+    *,
+    weights: tuple[float, ...] = (0.75, 0.25),
+    seed: int = 0,
+    document_mask: bool = False,
+    **layout: int,
+) -> Loader:
     data = DataConfig(
         tokenizer=str(small_tokenizer()),
         train=[Source(shards=path, weight=weight) for path, weight in zip(paths, weights, strict=False)],
         seq_len=SEQ_LEN,
         seed=seed,
+        document_mask=document_mask,
     )
     defaults = {"vocab_size": 340, "global_batch": 16, "micro_batch": 1, "dp": 1, "dp_rank": 0}
     return Loader(data, **{**defaults, **layout})
+
+
+def tokens_of(batches: list[Batch]) -> torch.Tensor:
+    return torch.cat([batch.tokens for batch in batches])
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4, 8])
@@ -43,14 +55,15 @@ def test_every_layout_reads_the_same_samples(two_sources: list[str], dp: int, mi
     for consumed in (0, 16, 32, 160, 16_000):
         (expected,) = plain.microbatches(consumed)
         batches = [batch for rank in ranks for batch in rank.microbatches(consumed)]
-        assert all(b.shape == (micro_batch, SEQ_LEN + 1) and b.dtype == torch.int64 for b in batches)
-        assert torch.equal(torch.cat(batches), expected)
+        assert all(b.tokens.shape == (micro_batch, SEQ_LEN + 1) and b.tokens.dtype == torch.int64 for b in batches)
+        assert torch.equal(tokens_of(batches), expected.tokens)
+        assert {batch.documents for batch in batches} == {None}
 
 
 def test_another_global_batch_reads_the_same_row(two_sources: list[str]) -> None:
     small, large = build(two_sources, global_batch=8), build(two_sources, global_batch=24)
     row = [batch for consumed in (48, 56, 64) for batch in small.microbatches(consumed)]
-    assert torch.equal(torch.cat(row), torch.cat(large.microbatches(48)))
+    assert torch.equal(tokens_of(row), tokens_of(large.microbatches(48)))
 
 
 def test_samples_are_windows_that_share_one_token(two_sources: list[str]) -> None:
@@ -59,14 +72,14 @@ def test_samples_are_windows_that_share_one_token(two_sources: list[str]) -> Non
     assert loader.num_samples == [(shards.num_tokens - 1) // SEQ_LEN]
     n = loader.num_samples[0]
     _, sample = sample_at(range(16), sizes=[n], weights=[1.0], seed=0)
-    for row, i in zip(torch.cat(loader.microbatches(0)).tolist(), sample.tolist(), strict=True):
+    for row, i in zip(tokens_of(loader.microbatches(0)).tolist(), sample.tolist(), strict=True):
         assert row == shards.tokens(i * SEQ_LEN, (i + 1) * SEQ_LEN + 1).tolist()
 
 
 def test_an_epoch_reads_every_sample_once_and_the_next_in_another_order(two_sources: list[str]) -> None:
     loader = build(two_sources[:1], weights=(1.0,), global_batch=1)
     n = loader.num_samples[0]
-    first, second = ([tuple(loader.microbatches(e * n + k)[0][0].tolist()) for k in range(n)] for e in (0, 1))
+    first, second = ([tuple(loader.microbatches(e * n + k)[0].tokens[0].tolist()) for k in range(n)] for e in (0, 1))
     tokens = Shards(two_sources[0]).tokens(0, n * SEQ_LEN + 1).tolist()
     windows = [tuple(tokens[i * SEQ_LEN : (i + 1) * SEQ_LEN + 1]) for i in range(n)]
     assert sorted(first) == sorted(second) == sorted(windows)
@@ -74,13 +87,13 @@ def test_an_epoch_reads_every_sample_once_and_the_next_in_another_order(two_sour
 
 
 def test_seeds_give_other_orders(two_sources: list[str]) -> None:
-    batches = {str(torch.cat(build(two_sources, seed=seed).microbatches(0)).tolist()) for seed in range(5)}
+    batches = {str(tokens_of(build(two_sources, seed=seed).microbatches(0)).tolist()) for seed in range(5)}
     assert len(batches) == 5
 
 
 def test_weights_are_shares(two_sources: list[str]) -> None:
     loader = build(two_sources, global_batch=400)
-    texts = torch.cat(loader.microbatches(0))
+    texts = tokens_of(loader.microbatches(0))
     second = Shards(two_sources[1])
     windows = {tuple(second.tokens(i * SEQ_LEN, (i + 1) * SEQ_LEN + 1).tolist()) for i in range(loader.num_samples[1])}
     assert sum(tuple(row) in windows for row in texts.tolist()) == 100
@@ -112,7 +125,7 @@ def test_a_corpus_shorter_than_one_sample_is_refused_with_numbers(two_sources: l
         Loader(data, vocab_size=340, global_batch=1, micro_batch=1, dp=1, dp_rank=0)
     fits = Loader(data.model_copy(update={"seq_len": tokens - 1}),
                   vocab_size=340, global_batch=1, micro_batch=1, dp=1, dp_rank=0)  # fmt: skip
-    assert fits.num_samples == [1] and fits.microbatches(7)[0].shape == (1, tokens)
+    assert fits.num_samples == [1] and fits.microbatches(7)[0].tokens.shape == (1, tokens)
 
 
 def test_a_batch_that_does_not_split_is_refused(two_sources: list[str]) -> None:
@@ -142,3 +155,53 @@ def test_bare_pairs_of_other_tokens_are_other_data(tmp_path: Path) -> None:
         found.append(build([str(tmp_path / name)], weights=(1.0,)).fingerprint)
         assert build([str(tmp_path / name)], weights=(1.0,)).fingerprint == found[-1]
     assert found[0] != found[1]
+
+
+BOS, EOS = 1, 2
+
+
+@pytest.mark.parametrize(
+    ("row", "bos_id", "starts"),
+    [
+        ([7, 7, 7, 7, 7], BOS, (0,)),
+        ([BOS, 7, EOS, BOS, 7, EOS, 7], BOS, (0, 3)),
+        ([7, EOS, BOS, 7, 7], BOS, (0, 2)),
+        ([7, BOS, 7, BOS, 7], BOS, (0, 1, 3)),  # without an eos between
+        ([7, EOS, 7, 7, 7], BOS, (0, 2)),  # without a bos after it
+        ([7, EOS, EOS, 7, 7], None, (0, 2, 3)),
+        ([EOS, 7, BOS, 7, 7], None, (0, 1)),  # the id of no bos
+        ([7, 7, 7, EOS, BOS], BOS, (0,)),  # the last token is predicted, and no input
+        ([7, 7, EOS, BOS, 7], BOS, (0, 3)),
+        ([BOS, 7], BOS, (0,)),
+    ],
+)
+def test_documents_begin_at_a_bos_or_after_an_eos(row: list[int], bos_id: int | None, starts: tuple[int, ...]) -> None:
+    plain = [7] * len(row)
+    assert document_starts(torch.tensor([row, plain]), bos_id=bos_id, eos_id=EOS) == (starts, (0,))
+
+
+def test_masked_batches_say_where_the_documents_of_the_shards_begin(two_sources: list[str]) -> None:
+    """Held to the shards' own index of documents."""
+    shards = Shards(two_sources[0])
+    loader = build(two_sources[:1], weights=(1.0,), document_mask=True, micro_batch=4)
+    plain = build(two_sources[:1], weights=(1.0,), micro_batch=4)
+    lengths = [len(shards.document(i)) for i in range(shards.num_documents)]
+    begins = {sum(lengths[:i]) for i in range(len(lengths))}
+    _, sample = sample_at(range(48), sizes=loader.num_samples, weights=[1.0], seed=0)
+    found = [row for step in range(3) for batch in loader.microbatches(16 * step) for row in batch.documents or ()]
+    windows = [range(int(i) * SEQ_LEN, (int(i) + 1) * SEQ_LEN) for i in sample]
+    assert found == [tuple(p for p, t in enumerate(window) if p == 0 or t in begins) for window in windows]
+    assert max(map(len, found)) > 1
+    assert torch.equal(tokens_of(loader.microbatches(16)), tokens_of(plain.microbatches(16)))
+    assert all(len(batch.documents or ()) == len(batch.tokens) == 4 for batch in loader.microbatches(0))
+    assert load_tokenizer(small_tokenizer()).bos_id == BOS
+
+
+def test_the_tokenizer_is_only_read_for_a_mask(two_sources: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise AssertionError(path)
+
+    monkeypatch.setattr("llama_dist.data.loader.load_tokenizer", refuse)
+    build(two_sources)
+    with pytest.raises(AssertionError, match="small.model"):
+        build(two_sources, document_mask=True)
