@@ -8,19 +8,24 @@ from math import prod
 
 from torch import Tensor
 
-from llama_dist.boxes import Box, boxes_of_flat_range, slice_box
-from llama_dist.model.cuts import cut_of
+from llama_dist.boxes import Box, boxes_of_flat_range
+from llama_dist.model.cuts import Slice
 from llama_dist.pipeline.partitions import MOMENTS, Share
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`data` (shape `box.shape`) is box `box` of the logical tensor `name` of shape `shape`."""
+    """`data` (shape `box.shape`) is box `box` of the logical tensor `name` of shape `shape`.
+
+    Of several ranks that hold the same box (replicated weights, the two ends of a tied embedding) one is its `owner`,
+    which saves it; all load it.
+    """
 
     name: str
     shape: tuple[int, ...]
     box: Box
     data: Tensor
+    owner: bool = True
 
 
 def moment_name(moment: str, name: str) -> str:
@@ -28,28 +33,26 @@ def moment_name(moment: str, name: str) -> str:
     return f"optimizer.{moment}.{name}"
 
 
-def pieces_of_shares(
-    shares: Iterable[Share], shapes: Mapping[str, tuple[int, ...]], *, tp: int = 1, tp_rank: int = 0
-) -> list[Piece]:
+def pieces_of_shares(shares: Iterable[Share], slices: Mapping[str, Slice]) -> list[Piece]:
     """Cut a rank's shares into pieces that view them: float32 weights and both moments.
 
-    `shapes` are the logical shapes of the unsharded model; a share lies in the rank's tensor-parallel slice of one.
+    `slices` says which part of each logical tensor the rank's tensor-parallel slice is, in which its shares lie.
     """
     pieces = []
     for share in shares:
-        slice_ = slice_box(shapes[share.name], cut=cut_of(share.name), parts=tp, part=tp_rank)
-        assert slice_.shape == share.shape, f"{share.name}: slice {slice_.shape} is not the share's {share.shape}"
+        slice_ = slices[share.name]
+        assert slice_.box.shape == share.shape, f"{share.name}: slice {slice_.box} is not the share's {share.shape}"
         states = {share.name: share.master, **{moment_name(m, share.name): getattr(share, m) for m in MOMENTS}}
         for name, flat in states.items():
-            pieces += _cut(name, shapes[share.name], slice_, flat, share.start, share.stop)
+            pieces += _cut(name, slice_, flat, share.start, share.stop)
     return pieces
 
 
-def _cut(name: str, shape: tuple[int, ...], slice_: Box, flat: Tensor, start: int, stop: int) -> list[Piece]:
+def _cut(name: str, slice_: Slice, flat: Tensor, start: int, stop: int) -> list[Piece]:
     pieces, at = [], 0
-    for box in boxes_of_flat_range(slice_.shape, start, stop):
+    for box in boxes_of_flat_range(slice_.box.shape, start, stop):
         data = flat.narrow(0, at, box.numel).view(box.shape)
-        pieces.append(Piece(name, shape, box.shifted(slice_.offset), data))
+        pieces.append(Piece(name, slice_.shape, box.shifted(slice_.box.offset), data, slice_.owner))
         at += box.numel
     return pieces
 

@@ -19,12 +19,15 @@ from torch import Tensor
 from llama_dist.config import OptimConfig, RunConfig
 from llama_dist.pipeline.partitions import (
     Share,
+    clear_gradients,
     read_shares,
     refresh_parameters,
     set_optimizer_step,
     start_optimizer_state,
+    tied_gradient,
 )
-from llama_dist.pipeline.stage import Stage, materialise_, materialise_module_
+from llama_dist.pipeline.zero_patch import compare_traces_within_
+from llama_dist.pipeline.stage import TIED, Stage, materialise_, materialise_module_
 from llama_dist.runtime import Groups, Runtime, backend_of
 
 MAX_BUCKET = 200_000_000  # elements; DeepSpeed's own default of 5e8 costs 2 GB of float32 on every rank
@@ -55,6 +58,19 @@ class Mpu:
         return dist.get_world_size(self._groups.replica)
 
 
+class Inject(torch.autograd.Function):
+    """A scalar whose backward hands `gradient` to `output`: DeepSpeed's backward takes scalars only."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
 class StageEngine:
     """Forward, backward and update of one stage under ZeRO 1, 2 or 3.
 
@@ -71,22 +87,28 @@ class StageEngine:
         self.dtype = dtype
         self.zero = run.parallel.zero
         self.shapes = {name: tuple(p.shape) for name, p in stage.logical_parameters().items()}
+        tied = run.model.tie_word_embeddings and runtime.layout.pp > 1
+        self._tied_group = runtime.groups.tied if tied else None
         config = deepspeed_config(run, dtype=dtype, device=runtime.device, numel=num_elements(stage))
         mpu = Mpu(runtime.groups)
         if self.zero == 3:
             partition_(stage, config, mpu, runtime, dtype=dtype)
         else:
             materialise_(stage, device=runtime.device, dtype=dtype)
-        # DeepSpeed counts a parameter into the global gradient norm where it is marked, or on model-parallel rank 0
-        # only; every stage holds parameters that no other holds, so each must be counted.
-        for parameter in stage.parameters():
-            parameter.model_parallel = True
-        optimizer = build_optimizer(stage, self.shapes, run.optim)
+        # DeepSpeed counts a parameter into the global gradient norm where it is marked, or on model-parallel rank 0,
+        # which owns all that it holds: so each slice of the model is counted once, however many ranks hold it.
+        for name, parameter in stage.logical_parameters().items():
+            parameter.model_parallel = stage.slices[name].owner
+        alone = self._alone() if tied else None
+        optimizer = build_optimizer(stage, self.shapes, run.optim, alone=alone)
         with redirect_stdout(StringIO()):  # some of its optimizers print their memory use, whatever the log level
             self.engine, _, _, _ = deepspeed.initialize(
                 model=stage, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
             )
+        if self.zero == 3:
+            compare_traces_within_(self.engine.optimizer, runtime.groups.dp, device=runtime.device)
         start_optimizer_state(self.engine.optimizer)
+        clear_gradients(self.engine.optimizer, zero=self.zero)
 
     def shares(self) -> list[Share]:
         """This rank's part of the float32 weights and moments, as views: what is written to them is trained on."""
@@ -100,13 +122,17 @@ class StageEngine:
         """Say how many updates the restored state has had."""
         set_optimizer_step(self.engine.optimizer, step)
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        return self.engine(x, targets)
+    def forward(self, x: Tensor, targets: Tensor | None = None, **place: Any) -> Tensor:
+        """As `Stage.forward`."""
+        return self.engine(x, targets, **place)
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Accumulate the gradients of a scalar; `is_last` marks the step's last backward."""
+    def backward(self, output: Tensor, gradient: Tensor, *, is_last: bool) -> None:
+        """Accumulate the gradients that follow from that of an output; `is_last` marks the step's last backward."""
+        # DeepSpeed turns the page to the next micro-batch in a forward; between two backwards it must be told, or the
+        # second overwrites the first.
+        self.engine.optimizer.clear_backward_seen_flag()
         self.engine.set_gradient_accumulation_boundary(is_last)
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(Inject.apply(output, gradient), scale_wrt_gas=False)
 
     def apply_gradients(self, lr: float) -> float:
         """One optimizer update at learning rate `lr`; returns the global gradient norm before clipping.
@@ -115,8 +141,20 @@ class StageEngine:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        if self._tied_group is not None:
+            gradient = tied_gradient(self.engine.optimizer, self.stage.logical_parameters()[TIED], zero=self.zero)
+            dist.all_reduce(gradient, group=self._tied_group)
         self.engine.step()
+        clear_gradients(self.engine.optimizer, zero=self.zero)
         return float(self.engine.get_global_grad_norm())
+
+    def _alone(self) -> str:
+        """The weight that has a parameter group of its own, where the pipeline's ends hold the same weight.
+
+        Alone in its group it is partitioned alike on both ends. Norms are summed over the stages group by group, so
+        that those in between must have as many groups.
+        """
+        return TIED if self._tied_group is not None else next(n for n, s in self.shapes.items() if len(s) > 1)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -159,6 +197,8 @@ def deepspeed_config(run: RunConfig, *, dtype: torch.dtype, device: torch.device
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": min(50_000_000, numel),
+            # Norms are summed over the stages sub-group by sub-group: each must have as many as the others.
+            "sub_group_size": 2**62,
         },
         "steps_per_print": 2**31,
     }
@@ -178,13 +218,15 @@ def partition_(stage: Stage, config: dict[str, Any], mpu: Mpu, runtime: Runtime,
 
 
 def build_optimizer(
-    stage: Stage, shapes: dict[str, tuple[int, ...]], optim: OptimConfig
+    stage: Stage, shapes: dict[str, tuple[int, ...]], optim: OptimConfig, *, alone: str | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only."""
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only; `alone` gets a group of its own."""
     named = stage.logical_parameters()
+    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
     groups = [
-        {"params": [named[n] for n, s in shapes.items() if len(s) > 1], "weight_decay": optim.weight_decay},
+        {"params": [named[n] for n in matrices if n != alone], "weight_decay": optim.weight_decay},
         {"params": [named[n] for n, s in shapes.items() if len(s) == 1], "weight_decay": 0.0},
+        {"params": [named[n] for n in matrices if n == alone], "weight_decay": optim.weight_decay},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True

@@ -1,62 +1,161 @@
-"""PipelineRunner: executes a program of forwards, backwards and transfers on one stage."""
+"""PipelineRunner: takes steps, scores tokens and generates on any layout, by executing one rank's part of a program."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
+from llama_dist.config import ModelConfig, RunConfig
+from llama_dist.data.loader import Batch
+from llama_dist.model.llama import Cache
+from llama_dist.model.stages import stage_layers
+from llama_dist.parallel.loss import gather_logits
+from llama_dist.parallel.tensor import TensorParallel
 from llama_dist.pipeline.engine import StageEngine
-from llama_dist.pipeline.schedule import PipelineShape, program
+from llama_dist.pipeline.execution import Execution, Microbatch
+from llama_dist.pipeline.schedule import SPLIT_BACKWARD, PipelineShape, program
+from llama_dist.pipeline.stage import build_stage
+from llama_dist.pipeline.transport import Transport
 from llama_dist.runtime import Runtime
 
 
-class PipelineRunner:
-    """Runs a stage's part of a step. `pp = 1` is a program without transfers, not another code path."""
+def build_runner(run: RunConfig, runtime: Runtime, *, dtype: torch.dtype) -> PipelineRunner:
+    """This rank's stage, its engine and what runs it; weights are zero until the engine's shares are filled. Collective.
 
-    def __init__(self, engine: StageEngine, runtime: Runtime, *, schedule: str) -> None:
+    `dtype` is what forward and backward compute in.
+    """
+    coord, layout, groups, parallel = runtime.coord, runtime.layout, runtime.groups, run.parallel
+    tp = TensorParallel(
+        groups.tp,
+        rank=coord.tp,
+        size=layout.tp,
+        sequence_parallel=parallel.sequence_parallel,
+        kv_group=groups.kv,
+    )
+    layers = stage_layers(
+        run.model,
+        stages=layout.pp * parallel.virtual_stages,
+        seq_len=run.data.seq_len,
+        given=parallel.stage_layers,
+    )
+    stage = build_stage(
+        run.model,
+        layers=layers,
+        pp=layout.pp,
+        pp_rank=coord.pp,
+        tp=tp,
+        cp_group=groups.cp,
+        cp=layout.cp,
+        activation_checkpointing=parallel.activation_checkpointing,
+    )
+    engine = StageEngine(stage, run, runtime, dtype=dtype)
+    return PipelineRunner(engine, runtime, config=run.model, schedule=parallel.schedule)
+
+
+class PipelineRunner:
+    """Runs a rank's part of a step. `pp = 1` is a program without transfers, not another code path."""
+
+    def __init__(self, engine: StageEngine, runtime: Runtime, *, config: ModelConfig, schedule: str) -> None:
         self.engine = engine
         self.runtime = runtime
+        self.config = config
         self.schedule = schedule
 
-    def train_step(self, microbatches: Sequence[Tensor]) -> Tensor:
+    def train_step(self, batches: Sequence[Batch]) -> Tensor:
         """Accumulate the gradients of one step.
 
-        `microbatches`: this replica's token ids, each (micro_batch, seq_len + 1) int64. The loss of the step is the
-        mean over the target tokens of all replicas, so that gradients do not depend on how the batch is cut.
+        `batches`: this replica's micro-batches, tokens (micro_batch, seq_len + 1) int64 each. The loss of the step is
+        the mean over the target tokens of all replicas, so that gradients do not depend on how the batch is cut.
         Returns this rank's part of that loss, a float32 scalar on the device: summed over ranks it is the loss.
         """
-        layout, coord = self.runtime.layout, self.runtime.coord
-        num_targets = sum(batch[:, 1:].numel() for batch in microbatches) * layout.dp
-        actions = program(self.schedule, PipelineShape(layout.pp, len(microbatches)))[coord.pp]
-        num_backwards = sum(action.kind == "B" for action in actions)
-
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.runtime.device)
-        losses: dict[int, Tensor] = {}
-        for action in actions:
-            if action.kind == "F":
-                losses[action.microbatch] = loss = self._forward(microbatches[action.microbatch])
-                loss_sum += loss.detach()
-            else:
-                assert action.kind == "B", f"{action}: a pipeline of one stage has no transfers"
-                num_backwards -= 1
-                # DeepSpeed averages gradients over `dp`; times dp makes that a sum.
-                scaled = losses.pop(action.microbatch) * (layout.dp / num_targets)
-                self.engine.backward(scaled, is_last=num_backwards == 0)
-        return loss_sum / num_targets
+        layout = self.runtime.layout
+        num_targets = sum(batch.tokens[:, 1:].numel() for batch in batches) * layout.dp
+        microbatches = [self._part(batch) for batch in batches]
+        # DeepSpeed averages gradients over the ranks that hold the same parameters; times their number makes it a sum.
+        outputs = self._execute(self.schedule, microbatches, loss_weight=layout.dp * layout.cp / num_targets)
+        loss = torch.zeros((), dtype=torch.float32, device=self.runtime.device)
+        if self.runtime.coord.tp == 0:  # all ranks of a tensor-parallel group know the same losses
+            for losses in outputs:
+                loss += losses.sum()
+        return loss / num_targets
 
     def forward_only(self, tokens: Tensor) -> Tensor:
-        """Log-probability of each next token, without gradients.
+        """Log-probability of each next token, without gradients, the same on all ranks of a replica.
 
         `tokens` (batch, time) int64; returns (batch, time - 1) float32 on the device: entry [b, t] is
-        log p(tokens[b, t + 1] | tokens[b, : t + 1]). Under ZeRO-3 all ranks must call it equally often.
+        log p(tokens[b, t + 1] | tokens[b, : t + 1]). Collective over the ranks of a replica; under ZeRO-3 over all
+        ranks, which must call it equally often.
         """
-        tokens = tokens.to(self.runtime.device)
+        length, parts = tokens.shape[1] - 1, self.runtime.layout.cp * self.engine.stage.sequence_parts
+        padded = F.pad(tokens, (0, -length % parts))  # on the right, where no scored token can see it
+        microbatches = [self._part(Batch(rows, None)) for rows in padded.split(self._rows(len(tokens)))]
         with self.engine.evaluating():
-            return -self.engine.forward(tokens[:, :-1], tokens[:, 1:])
+            outputs = self._execute("forward", microbatches)
+        own = microbatches[0].tokens.shape[1]
+        losses = self._from_last(outputs, (len(tokens), own))
+        everyone = [torch.empty_like(losses) for _ in range(self.runtime.layout.cp)]
+        dist.all_gather(everyone, losses, group=self.runtime.groups.cp)
+        return -torch.cat(everyone, dim=1)[:, :length]
 
-    def _forward(self, batch: Tensor) -> Tensor:
-        """The summed token losses of one micro-batch."""
-        batch = batch.to(self.runtime.device, non_blocking=True)
-        return self.engine.forward(batch[:, :-1], batch[:, 1:]).sum()
+    def logits(self, tokens: Tensor, *, start: int, cache: Cache) -> Tensor:
+        """Logits after the last of `tokens` (batch, time): (batch, vocab_size) float32, the same on all ranks.
+
+        `start` and `cache` as in `Llama.forward`; each rank keeps the keys and values of its own layers and heads, and
+        ranks that share sequences in training hold them whole here. Collective like `forward_only`.
+        """
+        microbatch = Microbatch(tokens.to(self.runtime.device), None, start=start, cache=cache)
+        with self.engine.evaluating(), self.engine.stage.whole_sequences():
+            outputs = self._execute("forward", [microbatch])
+        tp = self.engine.stage.tp
+        last = [gather_logits(output[:, -1:], tp).float().squeeze(1) for output in outputs]
+        return self._from_last(last, (len(tokens), self.config.vocab_size))
+
+    def _part(self, batch: Batch) -> Microbatch:
+        """This rank's positions of a batch: one contiguous part of every sequence for each rank of `cp`."""
+        tokens = batch.tokens.to(self.runtime.device, non_blocking=True)
+        length = (tokens.shape[1] - 1) // self.runtime.layout.cp
+        start = self.runtime.coord.cp * length
+        return Microbatch(
+            tokens[:, start : start + length],
+            tokens[:, start + 1 : start + length + 1],
+            start=start,
+            documents=batch.documents,
+        )
+
+    def _rows(self, batch: int) -> int:
+        """Rows at a time such that every stage has something to do, where there are enough of them."""
+        return -(-batch // self.runtime.layout.pp)
+
+    def _execute(
+        self, schedule: str, microbatches: Sequence[Microbatch], *, loss_weight: float | None = None
+    ) -> list[Tensor]:
+        """The last chunk's outputs in the order of the micro-batches; none on other ranks."""
+        coord, layout = self.runtime.coord, self.runtime.layout
+        shape = PipelineShape(layout.pp, len(microbatches), self.engine.stage.virtual_stages)
+        actions = program(schedule, shape)[coord.pp]
+        transport = Transport(
+            self.runtime.groups.channels,
+            actions,
+            shapes=[self._message_shape(microbatch) for microbatch in microbatches],
+            dtype=self.engine.dtype,
+            device=self.runtime.device,
+        )
+        execution = Execution(
+            self.engine, transport, microbatches, num_chunks=shape.chunks, loss_weight=loss_weight
+        )
+        execution.run(actions, split_backward=schedule in SPLIT_BACKWARD)
+        return [execution.outputs[number] for number in sorted(execution.outputs)]
+
+    def _message_shape(self, microbatch: Microbatch) -> tuple[int, ...]:
+        batch, length = microbatch.tokens.shape
+        return (batch, length // self.engine.stage.sequence_parts, self.config.hidden_size)
+
+    def _from_last(self, outputs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """What the last stage computed, float32 of `shape`, on every stage of the pipeline."""
+        known = torch.cat(list(outputs)) if outputs else torch.empty(shape, device=self.runtime.device)
+        dist.broadcast(known, group=self.runtime.groups.pp, group_src=self.runtime.layout.pp - 1)
+        return known

@@ -31,7 +31,6 @@ from llama_dist.config import RunConfig
 from llama_dist.errors import RunError
 from llama_dist.eval.scoring import Replica
 from llama_dist.files import write_file
-from llama_dist.model.cuts import logical_shapes
 from llama_dist.model.init import draw_box
 from llama_dist.pipeline.engine import StageEngine
 from llama_dist.pipeline.runner import PipelineRunner
@@ -81,10 +80,7 @@ class Coordinator:
 
     def pieces(self) -> list[Piece]:
         """This rank's part of the state as boxes of logical tensors, as views."""
-        coord, layout = self.runtime.coord, self.runtime.layout
-        return pieces_of_shares(
-            self.engine.shares(), logical_shapes(self.run.model), tp=layout.tp, tp_rank=coord.tp
-        )
+        return pieces_of_shares(self.engine.shares(), self.engine.stage.slices)
 
     def restore(self, checkpoint: Checkpoint | None) -> Position:
         """Continue from a checkpoint that verified, or draw the initial weights. Collective."""
@@ -176,7 +172,7 @@ class Coordinator:
             path = save_checkpoint(
                 checkpoints,
                 position,
-                self.pieces(),
+                [piece for piece in self.pieces() if piece.owner],
                 state=self._state(),
                 attempt=self.attempt,
                 group=self.runtime.groups.control,

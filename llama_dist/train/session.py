@@ -22,9 +22,8 @@ from llama_dist.errors import RunError, UserError
 from llama_dist.eval.scoring import Replica
 from llama_dist.files import write_file
 from llama_dist.model.cuts import flops_per_token, num_parameters
-from llama_dist.pipeline.engine import StageEngine, build_monitor
-from llama_dist.pipeline.runner import PipelineRunner
-from llama_dist.pipeline.stage import build_stage
+from llama_dist.pipeline.engine import build_monitor
+from llama_dist.pipeline.runner import build_runner
 from llama_dist.runtime import Runtime, gather_texts, is_lost_contact, pick_device, read_environment, start_runtime, stop_runtime
 from llama_dist.train.coordinator import Coordinator
 from llama_dist.train.evaluation import Evaluation
@@ -64,7 +63,13 @@ def run_training(run: RunConfig) -> int:
     except (OSError, ValueError) as error:
         raise UserError(f"folder={run.folder}: cannot be written to: {error}; name another run folder") from error
     try:
-        runtime = start_runtime(environment, layout, device=device, timeout_seconds=run.train.timeout_seconds)
+        runtime = start_runtime(
+            environment,
+            layout,
+            device=device,
+            timeout_seconds=run.train.timeout_seconds,
+            kv_heads=run.model.num_key_value_heads,
+        )
         with stop_request() as request:
             return _resume_or_start(run, runtime, loader, evaluation, request)
     except (UserError, RunError) as error:
@@ -169,24 +174,18 @@ def _build(
     dtype = precision_of(run, runtime.device)
     if steps_log:
         steps_log.say(_heading(run, runtime, dtype))
-    stage = build_stage(
-        run.model,
-        pp=layout.pp,
-        pp_rank=coord.pp,
-        activation_checkpointing=run.parallel.activation_checkpointing,
-    )
-    engine = StageEngine(stage, run, runtime, dtype=dtype)
+    runner = build_runner(run, runtime, dtype=dtype)
     return Coordinator(
         run=run,
         runtime=runtime,
-        engine=engine,
-        runner=PipelineRunner(engine, runtime, schedule=run.parallel.schedule),
+        engine=runner.engine,
+        runner=runner,
         evaluation=evaluation,
         replica=Replica(
             group=runtime.groups.control,
             dp=layout.dp,
             dp_rank=coord.dp,
-            reports=coord.tp == 0 and coord.pp == layout.pp - 1,
+            reports=coord.tp == coord.cp == 0 and coord.pp == layout.pp - 1,
         ),
         request=request,
         attempt=attempt,

@@ -8,15 +8,25 @@ import random
 import pytest
 import torch
 
-from llama_dist.boxes import Box
+from llama_dist.boxes import Box, slice_box
 from llama_dist.checkpoint.pieces import Piece, check_coverage, moment_name, pieces_of_shares
-from llama_dist.model.cuts import cut_of
+from llama_dist.model.cuts import Slice, cut_of
 from llama_dist.pipeline.partitions import MOMENTS, Share
 
 Q = "model.layers.0.self_attn.q_proj.weight"  # cut along dimension 0 by tensor parallelism
 O = "model.layers.0.self_attn.o_proj.weight"  # cut along dimension 1
 NORM = "model.norm.weight"  # not cut
 SHAPES = {Q: (8, 6), O: (6, 8), NORM: (6,)}
+
+
+def slices_of(*, tp: int = 1, tp_rank: int = 0) -> dict[str, Slice]:
+    """The rank's slice of each tensor, of which the first rank owns what all hold."""
+    slices = {}
+    for name, shape in SHAPES.items():
+        dim = cut_of(name).value
+        box = slice_box(shape, cut=cut_of(name), parts=1 if dim is None else tp, part=0 if dim is None else tp_rank)
+        slices[name] = Slice(box, shape, owner=dim is not None or tp_rank == 0, copies=tp if dim is None else 1)
+    return slices
 
 
 def share_of(name: str, shape: tuple[int, ...], start: int, stop: int, *, base: float) -> Share:
@@ -27,7 +37,7 @@ def share_of(name: str, shape: tuple[int, ...], start: int, stop: int, *, base: 
 
 def test_a_share_gives_its_weight_and_both_moments_as_views() -> None:
     share = share_of(Q, (8, 6), 4, 20, base=0.0)
-    pieces = pieces_of_shares([share], SHAPES)
+    pieces = pieces_of_shares([share], slices_of())
     assert [piece.name for piece in pieces[::3]] == [Q, "optimizer.exp_avg." + Q, "optimizer.exp_avg_sq." + Q]
     assert [piece.box for piece in pieces[:3]] == [Box((0, 4), (1, 2)), Box((1, 0), (2, 6)), Box((3, 0), (1, 2))]
     assert all(piece.shape == (8, 6) and tuple(piece.data.shape) == piece.box.shape for piece in pieces)
@@ -50,8 +60,6 @@ def test_pieces_of_all_ranks_rebuild_each_tensor(dp: int, tp: int) -> None:
         for name, shape in SHAPES.items():
             full = torch.arange(whole[name].numel(), dtype=torch.float32).view(shape)
             dim = cut_of(name).value
-            if dim is None and tp_rank:
-                continue  # one tensor-parallel rank is enough for what all of them hold
             part = full if dim is None else full.chunk(tp, dim)[tp_rank]
             flat = part.reshape(-1)
             size = -(-flat.numel() // dp)
@@ -60,8 +68,8 @@ def test_pieces_of_all_ranks_rebuild_each_tensor(dp: int, tp: int) -> None:
                 continue
             master = flat[start:stop].clone()
             share = Share(name, tuple(part.shape), start, stop, master, master, master)
-            for piece in pieces_of_shares([share], SHAPES, tp=tp, tp_rank=tp_rank):
-                if piece.name == name:
+            for piece in pieces_of_shares([share], slices_of(tp=tp, tp_rank=tp_rank)):
+                if piece.name == name and piece.owner:
                     boxes[name].append(piece.box)
                     whole[name][piece.box.slices] = piece.data
     for name, shape in SHAPES.items():
@@ -70,8 +78,8 @@ def test_pieces_of_all_ranks_rebuild_each_tensor(dp: int, tp: int) -> None:
 
 
 def test_a_share_of_another_slice_is_refused() -> None:
-    with pytest.raises(AssertionError, match=r"slice \(4, 6\) is not the share's \(8, 6\)"):
-        pieces_of_shares([share_of(Q, (8, 6), 0, 4, base=0.0)], SHAPES, tp=2)
+    with pytest.raises(AssertionError, match=r"shape=\(4, 6\)\) is not the share's \(8, 6\)"):
+        pieces_of_shares([share_of(Q, (8, 6), 0, 4, base=0.0)], slices_of(tp=2))
 
 
 def test_gaps_and_overlaps_are_named() -> None:
