@@ -67,6 +67,9 @@ def travel(layout: Layout) -> dict[str, list[tuple[int, str, int]]]:
     """What arrives here on each channel when all receives are posted first, each message saying who sent it, and how."""
     channels = start(layout, 4).groups.channels
     assert channels is not None
+    ends = (channels.forward_in, channels.forward_out, channels.backward_in, channels.backward_out)
+    # What NCCL needs and gloo would not miss: on one communicator a send waits behind a posted receive.
+    assert len({channel.group.group_name for channel in ends}) == 4
     came: dict[str, list[tuple[int, str, int]]] = {}
     posted = []
     for way, channel in (("forward", channels.forward_in), ("backward", channels.backward_in)):

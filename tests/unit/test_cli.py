@@ -152,8 +152,8 @@ MISTAKES: list[tuple[str, str]] = [
     ("train run.yaml train.step=5", r"override 'train.step=5': train.step is not a setting.*did you mean train.steps"),
     ("train run.yaml optim.lr=fast", r"optim.lr.*'fast'.*a number > 0"),
     ("train run.yaml steps", r"override 'steps': is not of the form section.key=value"),
-    ("train run.yaml parallel.tp=2", r"parallel.tp=2: tensor parallelism is not built yet; use 1"),
-    ("train run.yaml parallel.pp=2", r"parallel.pp=2: pipeline parallelism is not built yet; use 1"),
+    ("train run.yaml parallel.tp=2", r"is not a multiple .*; start 2 ranks; layouts of 1 rank that fit: dp=1 tp=1 pp=1"),
+    ("train run.yaml parallel.pp=3", r"parallel.pp=3 exceeds model.num_hidden_layers=2; use pp <= 2"),
     # training: the machine
     ("train run.yaml parallel.dp=2", r"the world size 1 is not parallel.dp.* = 2; start 2 ranks"),
     # training: the data

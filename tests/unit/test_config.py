@@ -770,7 +770,8 @@ def test_the_layouts_named_are_those_that_are_accepted_nearest_first(run_file: P
         assert len(found) == len(set(found))
         assert set(found) == {layout for layout in every_layout(world) if accepted(run, layout)}
         given = Layout(1, run.parallel.tp, run.parallel.pp, run.parallel.cp)
-        moved = [sum(abs(log2(getattr(one, axis) / getattr(given, axis))) for axis in ("tp", "pp", "cp")) for one in found]
+        pairs = [[(getattr(one, a), getattr(given, a)) for a in ("tp", "pp", "cp")] for one in found]
+        moved = [sum(abs(log2(now / before)) for now, before in pair) for pair in pairs]
         assert moved == sorted(moved)
         assert found[:3] == nearest_layouts(settings_of(run), world)
 
