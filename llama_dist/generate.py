@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,9 +16,31 @@ from llama_dist.model.llama import Cache, Llama
 _PREFILL = 512  # prompt tokens at a time: bounds the logits, (batch, _PREFILL, vocab_size)
 
 
-@torch.inference_mode()
+class LanguageModel(Protocol):
+    """Whatever can tell what comes next: a PipelineRunner on any layout, or a plain model."""
+
+    config: ModelConfig
+
+    def logits(self, tokens: Tensor, *, start: int, cache: Cache) -> Tensor:
+        """Logits after the last of `tokens` (batch, time): (batch, vocab_size), float32 on the model's device."""
+        ...
+
+
+class PlainModel:
+    """A whole model in one process."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self.config = model.config
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor, *, start: int, cache: Cache) -> Tensor:
+        tokens = tokens.to(next(self.model.parameters()).device)
+        return self.model(tokens, start=start, cache=cache)[:, -1].float()
+
+
 def generate(
-    model: Llama,
+    model: Llama | LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -34,8 +57,10 @@ def generate(
     function of (seed, its place in `prompts`, how many tokens it has got), so other prompts do not change them.
 
     Prompts of unequal length need neither padding nor masks: all advance together from the end of the shortest,
-    and at a column where a prompt still goes on, its own token is taken instead of the model's.
+    and at a column where a prompt still goes on, its own token is taken instead of the model's. On several ranks all
+    must call it with the same arguments, and get the same answer.
     """
+    model = PlainModel(model) if isinstance(model, Llama) else model
     limits = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     _check(model.config, prompts, **limits)
     if not prompts:
@@ -43,14 +68,13 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     uniforms = [np.random.default_rng([seed, row]).random(max_new_tokens) for row in range(len(prompts))]
     sequences = [list(prompt) for prompt in prompts]
-    device = next(model.parameters()).device
     cache = Cache(max(lengths) + max_new_tokens)
     ended = [False] * len(prompts)
     start = 0
     while not all(ended):
         stop = max(start + 1, min(start + _PREFILL, min(lengths)))
-        ids = torch.tensor([_window(tokens, start, stop) for tokens in sequences], device=device)
-        logits = model(ids, start=start, cache=cache)[:, -1].float().cpu()
+        ids = torch.tensor([_window(tokens, start, stop) for tokens in sequences])
+        logits = model.logits(ids, start=start, cache=cache).cpu()
         for row, tokens in enumerate(sequences):
             if ended[row] or len(tokens) > stop:
                 continue

@@ -140,6 +140,14 @@ SCHEDULES: dict[str, Callable[[PipelineShape, int], Iterator[Action]]] = {
 SPLIT_BACKWARD = frozenset({"zb-h1"})  # schedules whose backward comes in halves, B and W
 VIRTUAL_STAGES = frozenset({"interleaved", "forward"})  # schedules that know several chunks on a rank
 
+
+def schedule_words(name: str, shape: PipelineShape) -> list[str]:
+    """What a reader should know of the schedule: nothing where there is a single stage."""
+    if shape.chunks == 1:
+        return []
+    return [f"schedule {name}" + (f" with {shape.virtual_stages} stages a rank" if shape.virtual_stages > 1 else "")]
+
+
 Program = tuple[tuple[Action, ...], ...]
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from llama_dist.checkpoint.store import Checkpoint
+from llama_dist.checkpoint.whole import config_of
 from llama_dist.config import RunConfig
 from llama_dist.errors import UserError
 
-FIXED = ("model.", "data.seq_len", "data.seed", "train.seed")  # the mathematics of the run and the order of its data
+FIXED = ("model.", "data.seq_len", "data.seed", "data.document_mask", "train.seed")  # the mathematics of the run and the order of its data
 
 
 def check_same_run(checkpoint: Checkpoint, run: RunConfig, *, data_fingerprint: str) -> None:
@@ -30,7 +31,8 @@ def check_same_run(checkpoint: Checkpoint, run: RunConfig, *, data_fingerprint: 
 
 def changed_settings(checkpoint: Checkpoint, run: RunConfig) -> list[str]:
     """Every setting that is not what it was when the checkpoint was saved, with both values."""
-    then = dict(_flat(checkpoint.manifest["config"]))
+    # Settings that came into being since then had their defaults.
+    then = dict(_flat(config_of(checkpoint).model_dump(mode="json")))
     now = dict(_flat(run.model_dump(mode="json")))
     names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in ("name", "folder")]
     return [f"{name}: {then.get(name)} then, {now.get(name)} now" for name in names]

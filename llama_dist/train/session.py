@@ -21,9 +21,11 @@ from llama_dist.data.shards import Shards, find_damage
 from llama_dist.errors import RunError, UserError
 from llama_dist.eval.scoring import Replica
 from llama_dist.files import write_file
+from llama_dist.layout import Layout
 from llama_dist.model.cuts import flops_per_token, num_parameters
 from llama_dist.pipeline.engine import build_monitor
 from llama_dist.pipeline.runner import build_runner
+from llama_dist.pipeline.schedule import PipelineShape, schedule_words
 from llama_dist.runtime import Runtime, gather_texts, is_lost_contact, pick_device, read_environment, start_runtime, stop_runtime
 from llama_dist.train.coordinator import Coordinator
 from llama_dist.train.evaluation import Evaluation
@@ -244,11 +246,22 @@ def _heading(run: RunConfig, runtime: Runtime, dtype: torch.dtype) -> str:
     tokens = run.train.steps * run.train.global_batch * run.data.seq_len
     return (
         f"[bold]{run.name}[/]: {quantity(num_parameters(run.model))} parameters on {layout.world} x "
-        f"{runtime.device.type} ({precision}), started by {runtime.environment.launcher}; dp {layout.dp}, tp "
-        f"{layout.tp}, pp {layout.pp}, ZeRO-{run.parallel.zero}, activation checkpointing "
-        f"{run.parallel.activation_checkpointing}\n{run.train.steps} steps of {run.train.global_batch} sequences of "
+        f"{runtime.device.type} ({precision}), started by {runtime.environment.launcher}; {_layout_words(run, layout)}\n"
+        f"{run.train.steps} steps of {run.train.global_batch} sequences of "
         f"{run.data.seq_len} tokens ({quantity(tokens)} in all), {micro_batch_of(run, layout)} at a time on a replica"
     )
+
+
+def _layout_words(run: RunConfig, layout: Layout) -> str:
+    parallel = run.parallel
+    words = [f"dp {layout.dp}", f"tp {layout.tp}", f"pp {layout.pp}"]
+    if layout.cp > 1:
+        words.append(f"cp {layout.cp}")
+    if layout.tp > 1 and parallel.sequence_parallel:
+        words.append("sequence parallel")
+    words += schedule_words(parallel.schedule, PipelineShape(layout.pp, 1, parallel.virtual_stages))
+    kept = " (gathered for a step)" if parallel.zero == 3 and parallel.gather == "step" else ""
+    return ", ".join([*words, f"ZeRO-{parallel.zero}{kept}", f"activation checkpointing {parallel.activation_checkpointing}"])
 
 
 def _finish(run: RunConfig, coordinator: Coordinator, begun: Position, position: Position, seconds: float) -> int:
