@@ -17,6 +17,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from torch import Tensor
 
 from llama_dist.config import OptimConfig, RunConfig
+from llama_dist.pipeline.gathering import BackwardCounts, gather_options, hold_gathered_
 from llama_dist.pipeline.partitions import (
     Share,
     clear_gradients,
@@ -26,8 +27,8 @@ from llama_dist.pipeline.partitions import (
     start_optimizer_state,
     tied_gradient,
 )
-from llama_dist.pipeline.zero_patch import compare_traces_within_
 from llama_dist.pipeline.stage import TIED, Stage, materialise_, materialise_module_
+from llama_dist.pipeline.zero_patch import compare_traces_within_
 from llama_dist.runtime import Groups, Runtime, backend_of
 
 MAX_BUCKET = 200_000_000  # elements; DeepSpeed's own default of 5e8 costs 2 GB of float32 on every rank
@@ -89,7 +90,8 @@ class StageEngine:
         self.shapes = {name: tuple(p.shape) for name, p in stage.logical_parameters().items()}
         tied = run.model.tie_word_embeddings and runtime.layout.pp > 1
         self._tied_group = runtime.groups.tied if tied else None
-        config = deepspeed_config(run, dtype=dtype, device=runtime.device, numel=num_elements(stage))
+        self._holds = run.parallel.zero == 3 and run.parallel.gather == "step"
+        config = deepspeed_config(run, stage, dtype=dtype, device=runtime.device)
         mpu = Mpu(runtime.groups)
         if self.zero == 3:
             partition_(stage, config, mpu, runtime, dtype=dtype)
@@ -107,6 +109,7 @@ class StageEngine:
             )
         if self.zero == 3:
             compare_traces_within_(self.engine.optimizer, runtime.groups.dp, device=runtime.device)
+            self._counts = BackwardCounts(stage)
         start_optimizer_state(self.engine.optimizer)
         clear_gradients(self.engine.optimizer, zero=self.zero)
 
@@ -122,6 +125,11 @@ class StageEngine:
         """Say how many updates the restored state has had."""
         set_optimizer_step(self.engine.optimizer, step)
 
+    def start_step(self) -> None:
+        """Prepare for the forwards and backwards of one update. Collective over `dp`."""
+        if self._holds:
+            hold_gathered_(self.stage.parameters())
+
     def forward(self, x: Tensor, targets: Tensor | None = None, **place: Any) -> Tensor:
         """As `Stage.forward`."""
         return self.engine(x, targets, **place)
@@ -131,6 +139,8 @@ class StageEngine:
         # DeepSpeed turns the page to the next micro-batch in a forward; between two backwards it must be told, or the
         # second overwrites the first.
         self.engine.optimizer.clear_backward_seen_flag()
+        if self.zero == 3:
+            self._counts.restore_()
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(Inject.apply(output, gradient), scale_wrt_gas=False)
 
@@ -175,13 +185,14 @@ def prepare_deepspeed(runtime: Runtime) -> None:
     deepspeed.init_distributed(dist_backend=backend_of(runtime.device), auto_mpi_discovery=False, verbose=False)
 
 
-def num_elements(stage: Stage) -> int:
-    return sum(parameter.numel() for parameter in stage.parameters())
-
-
-def deepspeed_config(run: RunConfig, *, dtype: torch.dtype, device: torch.device, numel: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of one stage with `numel` elements."""
+def deepspeed_config(run: RunConfig, stage: Stage, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The DeepSpeed configuration of the engine of one (meta) stage."""
+    numel = sum(parameter.numel() for parameter in stage.parameters())
     bucket = min(MAX_BUCKET, -(-numel // 1024) * 1024)  # DeepSpeed wants a multiple of its alignment
+    gathering = gather_options(
+        run.parallel.gather, largest_layer=stage.largest_layer(), hidden_size=run.model.hidden_size
+    )
+    reduction = {"communication_data_type": "fp32"} if run.train.reduce_precision == "fp32" else {}
     return {
         # Batches and accumulation are the runner's; DeepSpeed only wants numbers, and must divide by nothing.
         "train_micro_batch_size_per_gpu": 1,
@@ -189,6 +200,7 @@ def deepspeed_config(run: RunConfig, *, dtype: torch.dtype, device: torch.device
         "gradient_clipping": run.optim.grad_clip,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
+        **reduction,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": run.parallel.zero,
@@ -196,9 +208,9 @@ def deepspeed_config(run: RunConfig, *, dtype: torch.dtype, device: torch.device
             "overlap_comm": device.type == "cuda",
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": min(50_000_000, numel),
             # Norms are summed over the stages sub-group by sub-group: each must have as many as the others.
             "sub_group_size": 2**62,
+            **gathering,
         },
         "steps_per_print": 2**31,
     }

@@ -14,6 +14,8 @@ import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
+from llama_dist.pipeline.gathering import release_gathered_
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -128,11 +130,9 @@ def refresh_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], *, ze
     if zero < 3:
         optimizer.update_lp_params()
         return
+    release_gathered_(optimizer)  # whole copies would outlive the change of what they were gathered from
     for parameter in parameters:
         parameter.ds_tensor.copy_(safe_get_local_fp32_param(parameter).view_as(parameter.ds_tensor))
-    # Small parameters stay gathered between steps; dropping the copies makes the next forward gather them anew.
-    if optimizer.persistent_parameters:
-        optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
 
 
 def clear_gradients(optimizer: Any, *, zero: int) -> None:

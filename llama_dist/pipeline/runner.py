@@ -75,6 +75,7 @@ class PipelineRunner:
         layout = self.runtime.layout
         num_targets = sum(batch.tokens[:, 1:].numel() for batch in batches) * layout.dp
         microbatches = [self._part(batch) for batch in batches]
+        self.engine.start_step()
         # DeepSpeed averages gradients over the ranks that hold the same parameters; times their number makes it a sum.
         outputs = self._execute(self.schedule, microbatches, loss_weight=layout.dp * layout.cp / num_targets)
         loss = torch.zeros((), dtype=torch.float32, device=self.runtime.device)

@@ -84,6 +84,11 @@ class Stage(nn.Module):
             for one in sharing:
                 one.whole_sequence = False
 
+    def largest_layer(self) -> int:
+        """Elements of the decoder layer that has most."""
+        layers = [layer for chunk in self.chunks.values() for layer in chunk.model.layers.values()]
+        return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+
     def logical_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by their name in the whole model, a tied weight once."""
         return {name: p for chunk in self.chunks.values() for name, p in chunk.named_parameters()}
