@@ -40,7 +40,11 @@ WORLDS = {
     "llama2-7b-4nodes": 32,
     "llama2-13b-4nodes": 32,
     "llama2-70b-16nodes": 128,
+    "llama2-70b-3d-16nodes": 128,
+    "llama3.1-8b-128k-4nodes": 32,
 }
+# (dp, tp, pp, cp), ZeRO stage; of the others dp is the world, and ZeRO 3
+LAYOUTS = {"llama2-70b-3d-16nodes": ((4, 8, 4, 1), 1), "llama3.1-8b-128k-4nodes": ((2, 2, 1, 8), 3)}
 LLAMA2_RUNS = sorted(name for name in WORLDS if name.startswith("llama2"))
 
 
@@ -55,7 +59,7 @@ def run_path(name: str) -> Path:
 def test_the_tables_above_name_every_shipped_file() -> None:
     assert sorted(path.stem for path in (CONFIGS / "model").iterdir()) == sorted(PARAMETERS)
     assert sorted(path.stem for path in (CONFIGS / "run").iterdir()) == sorted(WORLDS)
-    assert (len(PARAMETERS), len(WORLDS)) == (10, 6)
+    assert (len(PARAMETERS), len(WORLDS)) == (10, 8)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -98,12 +102,13 @@ def test_only_llama_3_1_stretches_the_rotary_embeddings() -> None:
 def test_run_fits_the_world_that_it_documents(name: str) -> None:
     run = load_config(run_path(name))
     assert run.name == name
-    assert run.parallel.zero == 3
+    expected, zero = LAYOUTS.get(name, ((WORLDS[name], 1, 1, 1), 3))
+    assert run.parallel.zero == zero
     documented = re.search(r"^# world: (\d+)\b", run_path(name).read_text(), flags=re.MULTILINE)
     assert documented, "a run file says in a comment `# world: N` how many ranks it is meant for"
     assert int(documented[1]) == WORLDS[name]
     layout = fit_layout(run, WORLDS[name])
-    assert (layout.dp, layout.tp, layout.pp) == (WORLDS[name], 1, 1)
+    assert (layout.dp, layout.tp, layout.pp, layout.cp) == expected
     assert micro_batch_of(run, layout) == run.parallel.micro_batch
 
 
@@ -125,4 +130,4 @@ def test_llama2_runs_have_the_published_hyperparameters(name: str) -> None:
     assert (run.optim.betas, run.optim.eps) == ((0.9, 0.95), 1e-5)
     assert (run.optim.weight_decay, run.optim.grad_clip) == (0.1, 1.0)
     assert (run.train.precision, run.data.seq_len) == ("bf16", run.model.max_position_embeddings)
-    assert num_parameters(run.model) == PARAMETERS[name.rpartition("-")[0]]
+    assert num_parameters(run.model) == PARAMETERS["-".join(name.split("-")[:2])]
