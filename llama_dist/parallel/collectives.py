@@ -26,7 +26,7 @@ def reduce_from(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Forward: (B, T / ranks, ...) of every rank -> (B, T, ...). Backward: sum over the group, of which each its part."""
+    """Forward: every rank's (B, T / ranks, ...) -> (B, T, ...). Backward: of the sum, each rank its part."""
     return _GatherSequence.apply(x, group)
 
 

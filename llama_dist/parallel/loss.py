@@ -1,4 +1,4 @@
-"""The loss of the head's output, token by token, whether a rank has all logits or those of its part of the vocabulary."""
+"""The loss of the head's output, token by token; a rank has all logits or those of its part of the vocabulary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def token_losses(logits: Tensor, targets: Tensor, tp: TensorParallel | None = No
 
 
 def gather_logits(logits: Tensor, tp: TensorParallel | None = None) -> Tensor:
-    """(batch, time, the rank's part of the vocabulary) -> (batch, time, vocabulary) on every rank, without a gradient."""
+    """(batch, time, the rank's part of the vocabulary) -> (batch, time, vocabulary) on all ranks; no gradient."""
     if tp is None or tp.size == 1:
         return logits
     return gathered(logits.detach(), tp.group, dim=logits.dim() - 1)

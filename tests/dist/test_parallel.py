@@ -1,4 +1,4 @@
-"""Parallel is what this file says it is: layers and models cut over ranks equal the plain ones, forward and backward."""
+"""What parallel means: layers and models cut over ranks equal the plain ones, forward and backward."""
 
 from __future__ import annotations
 
@@ -169,10 +169,13 @@ def assert_same(found: Tensor, expected: Tensor, name: str, *, within: float) ->
     assert error < within, f"{name}: relative difference {error:.2g}"
 
 
-class Part:
-    """A part of the model to compare: its input, whole, and how it runs on the plain model and on a cut one."""
+Run = Callable[[Llama, Tensor, Places, Tensor, TensorParallel | None], Tensor]
 
-    def __init__(self, run: Callable[[Llama, Tensor, Places, Tensor, TensorParallel | None], Tensor], ids: bool) -> None:
+
+class Part:
+    """A part of the model to compare: how it runs, on the plain model and on a cut one, and what goes in."""
+
+    def __init__(self, run: Run, *, ids: bool) -> None:
         self.run = run
         self.takes_ids = ids
 
@@ -295,7 +298,8 @@ def compare(case: Case, part: str) -> None:
 
 LAYOUTS = [Case(tp=tp, cp=cp) for tp, cp in ((2, 1), (4, 1), (1, 2), (1, 4), (2, 2))]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in LAYOUTS if case.tp > 1]
-THREE = [Case(tp=3, kv_heads=kv, sequence_parallel=s) for kv in (1, 3) for s in (False, True)] + [Case(cp=3, kv_heads=1)]
+THREE = [Case(tp=3, kv_heads=kv, sequence_parallel=s) for kv in (1, 3) for s in (False, True)]
+THREE.append(Case(cp=3, kv_heads=1))
 
 
 @pytest.mark.parametrize("part", PARTS)
