@@ -43,11 +43,23 @@ class Linear(nn.Linear):
         return self.multiply(x, self.weight)
 
 
+def look_up(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight (vocab, hidden) by ids (...): (..., hidden)."""
+    return F.embedding(ids, weight)
+
+
 class Embedding(nn.Embedding):
     """A token embedding whose weight is left unset."""
 
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(rows, columns)
+        self.look_up: Callable[[Tensor, Tensor], Tensor] = look_up
+
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.look_up(ids, self.weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

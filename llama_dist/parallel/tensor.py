@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llama_dist.boxes import Cut
 from llama_dist.model.cuts import Slice, cut_of, slice_of
@@ -54,7 +53,7 @@ class TensorParallel:
         return self.sequence_parallel and not self.whole_sequence
 
     def enter(self, x: Tensor) -> Tensor:
-        """What each rank has of the residual stream -> the whole (B, T, hidden), of which each makes its own outputs."""
+        """What a rank has of the residual stream -> the whole (B, T, hidden), of which each makes its own outputs."""
         return gather_sequence(x, self.group) if self.splits_sequence else sum_gradient(x, self.group)
 
     def leave(self, x: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ class VocabEmbedding(Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         rows = ids - self.first_row
         foreign = (rows < 0) | (rows >= self.num_embeddings)
-        x = F.embedding(rows.masked_fill(foreign, 0), self.weight)
+        x = self.look_up(rows.masked_fill(foreign, 0), self.weight)
         return self.tp.leave(x.masked_fill(foreign[..., None], 0))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 
-def own_group(*members: Sequence[int]) -> dist.ProcessGroup:
-    """The group of this rank among `members`. Collective over all ranks: each makes all of them."""
+@lru_cache
+def own_group(*members: tuple[int, ...]) -> dist.ProcessGroup:
+    """The group of this rank among `members`. Collective over all ranks, which make all of them, once in their life."""
     groups = [dist.new_group(list(ranks)) for ranks in members]
     return next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)
 

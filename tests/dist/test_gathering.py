@@ -8,14 +8,14 @@ import deepspeed.comm.comm as comm
 import pytest
 import torch
 import torch.distributed as dist
+from engines import own_group, small_engine
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from workers import pool
 
 from llama_dist.pipeline.gathering import BackwardCounts, gather_options, hold_gathered_, release_gathered_
 from llama_dist.pipeline.partitions import clear_gradients, start_optimizer_state
 from llama_dist.pipeline.zero_patch import compare_traces_within_
-from tests.dist.engines import own_group, small_engine
-from tests.workers import pool
 
 LAYERS, WIDTH, STEPS = 4, 16, 2
 LAYER = 8 * WIDTH * WIDTH

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engines import own_group, small_engine
 from torch import Tensor, nn
 from torch.nn import functional as F
+from workers import pool
 
 from llama_dist.pipeline.partitions import start_optimizer_state, tied_gradient
 from llama_dist.pipeline.zero_patch import compare_traces_within_
-from tests.dist.engines import own_group, small_engine
-from tests.workers import pool
 
 VOCAB, WIDTH, MICROBATCHES, STEPS, CLIP = 7, 5, 3, 3, 0.5  # 35 elements: partitions end in padding
 CPU = torch.device("cpu")

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engines import own_group, small_engine
 from torch import Tensor, nn
+from workers import WorkerFailure, pool
 
 from llama_dist.pipeline.zero_patch import assert_same_within, compare_traces_within_
-from tests.dist.engines import own_group, small_engine
-from tests.workers import WorkerFailure, pool
 
 CPU = torch.device("cpu")
 
@@ -43,8 +43,8 @@ def train_two_stages(differs: bool) -> list[float]:
     `differs`: rank 1 goes through its layers in another order than rank 0.
     """
     rank = dist.get_rank()
-    dp = own_group([0, 1], [2, 3])
-    engine = tower_engine(2 if rank < 2 else 3, dp, own_group([0, 2], [1, 3]))
+    dp = own_group((0, 1), (2, 3))
+    engine = tower_engine(2 if rank < 2 else 3, dp, own_group((0, 2), (1, 3)))
     order = [0, 1] if rank < 2 else [2, 0, 1]
     if differs and rank == 1:
         order = [1, 0]
@@ -72,9 +72,9 @@ def test_ranks_of_one_stage_that_part_are_told() -> None:
 def engines_one_after_the_other() -> tuple[list[int], list[float]]:
     """Ranks of one engine that held different stages before: DeepSpeed numbers their modules differently."""
     rank = dist.get_rank()
-    first = tower_engine(1 + 2 * rank, own_group([0], [1]), own_group([0, 1]))
+    first = tower_engine(1 + 2 * rank, own_group((0,), (1,)), own_group((0, 1)))
     first.backward(first(torch.ones(2, 4), [0]).sum())
-    both = tower_engine(2, own_group([0, 1]), own_group([0], [1]))
+    both = tower_engine(2, own_group((0, 1)), own_group((0,), (1,)))
     losses = []
     for _ in range(3):
         loss = both(torch.ones(2, 4), [0, 1]).sum()
@@ -92,7 +92,7 @@ def test_engines_of_one_process_keep_their_own_groups() -> None:
 
 def compare(ints: list[list[int]]) -> str:
     try:
-        assert_same_within(ints[dist.get_rank()], group=own_group([0, 1]), device=CPU)
+        assert_same_within(ints[dist.get_rank()], group=own_group((0, 1)), device=CPU)
     except RuntimeError as error:
         return str(error)
     return ""
