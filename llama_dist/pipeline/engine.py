@@ -17,6 +17,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from torch import Tensor
 
 from llama_dist.config import OptimConfig, RunConfig
+from llama_dist.pipeline.deferred import Terms, WeightGradients, hand_over
 from llama_dist.pipeline.gathering import BackwardCounts, gather_options, hold_gathered_
 from llama_dist.pipeline.partitions import (
     Share,
@@ -27,6 +28,7 @@ from llama_dist.pipeline.partitions import (
     start_optimizer_state,
     tied_gradient,
 )
+from llama_dist.pipeline.schedule import SPLIT_BACKWARD
 from llama_dist.pipeline.stage import TIED, Stage, materialise_, materialise_module_
 from llama_dist.pipeline.zero_patch import compare_traces_within_
 from llama_dist.runtime import Groups, Runtime, backend_of
@@ -90,6 +92,7 @@ class StageEngine:
         self.shapes = {name: tuple(p.shape) for name, p in stage.logical_parameters().items()}
         tied = run.model.tie_word_embeddings and runtime.layout.pp > 1
         self._tied_group = runtime.groups.tied if tied else None
+        self._weight_gradients = WeightGradients()
         self._holds = run.parallel.zero == 3 and run.parallel.gather == "step"
         config = deepspeed_config(run, stage, dtype=dtype, device=runtime.device)
         mpu = Mpu(runtime.groups)
@@ -110,6 +113,11 @@ class StageEngine:
         if self.zero == 3:
             compare_traces_within_(self.engine.optimizer, runtime.groups.dp, device=runtime.device)
             self._counts = BackwardCounts(stage)
+        # DeepSpeed's own forward would take the backward of an input for one of its own, and reduce gradients after it.
+        self._compute = self.engine
+        if run.parallel.schedule in SPLIT_BACKWARD:
+            self._compute = stage
+            self._weight_gradients.defer_(stage)
         start_optimizer_state(self.engine.optimizer)
         clear_gradients(self.engine.optimizer, zero=self.zero)
 
@@ -132,17 +140,40 @@ class StageEngine:
 
     def forward(self, x: Tensor, targets: Tensor | None = None, **place: Any) -> Tensor:
         """As `Stage.forward`."""
-        return self.engine(x, targets, **place)
+        return self._compute(x, targets, **place)
 
     def backward(self, output: Tensor, gradient: Tensor, *, is_last: bool) -> None:
         """Accumulate the gradients that follow from that of an output; `is_last` marks the step's last backward."""
+        self._prepare_backward(is_last=is_last)
+        self.engine.backward(Inject.apply(output, gradient), scale_wrt_gas=False)
+
+    def backward_input(self, output: Tensor, gradient: Tensor) -> Terms:
+        """Only the part of a backward that the stage before waits for; returns what `backward_weights` needs."""
+        if self.zero == 3:
+            self._counts.restore_()
+        with self._weight_gradients.noting() as terms:
+            torch.autograd.backward(output, gradient)
+        if self.zero == 3:
+            # Token ids have no gradient, by which ZeRO-3 would see that the embedding's backward is done.
+            self.engine.optimizer.parameter_offload.release_backward_leftovers()
+        return terms
+
+    def backward_weights(self, terms: Terms, *, is_last: bool) -> None:
+        """The other part: accumulate the weights' gradients; `is_last` marks the step's last."""
+        self._prepare_backward(is_last=is_last)
+        # What the engine's forward would have had done when this backward begins.
+        self.engine.optimizer.backward_prologue()
+        self.engine.optimizer.enter_backward()
+        with hand_over(terms) as scalar:
+            self.engine.backward(scalar, scale_wrt_gas=False)
+
+    def _prepare_backward(self, *, is_last: bool) -> None:
         # DeepSpeed turns the page to the next micro-batch in a forward; between two backwards it must be told, or the
         # second overwrites the first.
         self.engine.optimizer.clear_backward_seen_flag()
         if self.zero == 3:
             self._counts.restore_()
         self.engine.set_gradient_accumulation_boundary(is_last)
-        self.engine.backward(Inject.apply(output, gradient), scale_wrt_gas=False)
 
     def apply_gradients(self, lr: float) -> float:
         """One optimizer update at learning rate `lr`; returns the global gradient norm before clipping.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_dist.model.llama import Cache, Documents
+from llama_dist.pipeline.deferred import Terms
 from llama_dist.pipeline.engine import StageEngine
 from llama_dist.pipeline.schedule import Action, Kind
 from llama_dist.pipeline.transport import Message, Transport
@@ -54,7 +55,7 @@ class Execution:
         self._hidden: dict[tuple[int, int], Tensor | Message] = {}
         self._gradients: dict[tuple[int, int], Tensor | Message] = {}
         self._open: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # input and output of what waits for a backward
-        self._deferred: dict[tuple[int, int], Any] = {}
+        self._deferred: dict[tuple[int, int], Terms] = {}
         self.outputs: dict[int, Tensor] = {}  # of the last chunk, by micro-batch: token losses or logits
 
     def run(self, actions: Sequence[Action], *, split_backward: bool) -> None:
