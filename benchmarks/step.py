@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from llama_dist.config import RunConfig, build_config
+from llama_dist.data.loader import Batch
 from llama_dist.layout import Layout
 from llama_dist.model.cuts import flops_per_token, num_parameters
 from llama_dist.model.init import init_
 from llama_dist.model.llama import Llama
-from llama_dist.pipeline.engine import StageEngine
-from llama_dist.pipeline.runner import PipelineRunner
-from llama_dist.pipeline.stage import build_stage, checkpoint_
+from llama_dist.pipeline.runner import build_runner
+from llama_dist.pipeline.stage import checkpoint_
 from llama_dist.runtime import Runtime, read_environment, start_runtime, stop_runtime
 from llama_dist.train.metrics import peak_tflops
 
@@ -66,18 +66,14 @@ def plain_step(run: RunConfig) -> Callable[[torch.Tensor], None]:
 
 
 def engine_step(run: RunConfig, runtime: Runtime) -> Callable[[torch.Tensor], None]:
-    stage = build_stage(
-        run.model, pp=1, pp_rank=0, activation_checkpointing=run.parallel.activation_checkpointing
-    )
-    engine = StageEngine(stage, run, runtime, dtype=torch.float32)
-    for share in engine.shares():
+    runner = build_runner(run, runtime, dtype=torch.float32)
+    for share in runner.engine.shares():
         share.master.normal_(std=run.model.initializer_range)
-    engine.refresh()
-    runner = PipelineRunner(engine, runtime, schedule="1f1b")
+    runner.engine.refresh()
 
     def step(batch: torch.Tensor) -> None:
-        runner.train_step([batch])
-        engine.apply_gradients(run.optim.lr)
+        runner.train_step([Batch(batch)])
+        runner.engine.apply_gradients(run.optim.lr)
 
     return step
 
@@ -90,12 +86,15 @@ def seconds_of(step: Callable[[torch.Tensor], None], batch: torch.Tensor) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("steps", 10), ("batch", 4), ("seq-len", 256), ("hidden", 192), ("layers", 4), ("vocab", 4096)):
+    sizes = (("steps", 10), ("batch", 4), ("seq-len", 256), ("hidden", 192), ("layers", 4), ("vocab", 4096))
+    for name, default in sizes:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--recompute", default="none", choices=["none", "full", "selective"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    runtime = start_runtime(read_environment({}), Layout(dp=1), device=torch.device("cpu"), timeout_seconds=60)
+    runtime = start_runtime(
+        read_environment({}), Layout(dp=1), device=torch.device("cpu"), timeout_seconds=60, kv_heads=2
+    )
     peak = peak_tflops(runtime.device, torch.float32, configured=None)
     for zero in (1, 2, 3):
         run = build_run(args, zero=zero)
