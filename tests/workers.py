@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import gc
 import multiprocessing
 import os
 import shutil
@@ -18,7 +19,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
@@ -34,6 +37,8 @@ from llama_dist.runtime import Environment, Runtime, start_runtime
 CALL_SECONDS = 120.0  # a call that takes longer hangs: the tests' own work is done in a few seconds
 GRACE_SECONDS = 3.0  # what the other ranks get to report, after one has failed
 DUMP_SIGNAL = signal.SIGUSR2
+THREADS = 120  # of a worker, after which its pool starts anew
+LAYOUTS_KEPT = 3  # whose process groups a worker keeps; each group of gloo costs it threads and sockets
 
 
 class WorkerFailure(AssertionError):
@@ -56,6 +61,8 @@ class Pool:
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = CALL_SECONDS) -> list[Any]:
         """What each rank returned. Raises WorkerFailure, after ending the pool, when a rank fails or hangs."""
+        if self._is_worn():
+            self.end()
         if not self._processes:
             self._start()
         answers: dict[int, Any] = {}
@@ -72,6 +79,15 @@ class Pool:
                 raise WorkerFailure(f"{function.__name__}{args}: {error}") from None
             raise
         return [answers[rank] for rank in range(self.world)]
+
+    def _is_worn(self) -> bool:
+        """Whether the workers have gathered so many threads that they slow each other down.
+
+        DeepSpeed's hooks keep every engine of a process alive, and with it the groups of its layout, of which each has
+        threads of its own.
+        """
+        tasks = [Path(f"/proc/{pid}/task") for pid in self.pids]
+        return any(len(list(task.iterdir())) > THREADS for task in tasks if task.is_dir())
 
     def _collect(self, answers: dict[int, Any], *, deadline: float) -> None:
         failures: dict[int, str] = {}
@@ -152,6 +168,7 @@ def _serve(pipe: Connection, rank: int, world: int, store: str, stacks: str) -> 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's calls of torch; they would bury a failure's report
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    gc.freeze()  # what was imported stays: a collection need not look through it
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
@@ -166,9 +183,36 @@ def _serve(pipe: Connection, rank: int, world: int, store: str, stacks: str) -> 
         pipe.send(answer)
 
 
-@lru_cache
-def runtime() -> Runtime:
-    """This worker's place in a purely data-parallel layout of its pool."""
+# By layout and by how many tensor-parallel ranks share a key/value head, the last used at the end.
+_runtimes: OrderedDict[tuple[Layout, int], Runtime] = OrderedDict()
+
+
+def runtime(layout: Layout | None = None, *, kv_heads: int = 1) -> Runtime:
+    """This worker's place in a layout of its pool's ranks: by default, a purely data-parallel one.
+
+    Collective over the pool. The groups of the layouts used last are kept, those of others are ended.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    environment = Environment("env", rank, world, rank, "127.0.0.1", 0)
-    return start_runtime(environment, Layout(dp=world), device=torch.device("cpu"), timeout_seconds=60)
+    layout = Layout(dp=world) if layout is None else layout
+    key = (layout, max(layout.tp // kv_heads, 1))
+    if key not in _runtimes:
+        while len(_runtimes) >= LAYOUTS_KEPT:
+            _, old = _runtimes.popitem(last=False)
+            gc.collect()  # engines of earlier calls may still hold its groups
+            for group in set(groups_within(old.groups)):
+                dist.destroy_process_group(group)
+        environment = Environment("env", rank, world, rank, "127.0.0.1", 0)
+        _runtimes[key] = start_runtime(
+            environment, layout, device=torch.device("cpu"), timeout_seconds=60, kv_heads=kv_heads
+        )
+    _runtimes.move_to_end(key)
+    return _runtimes[key]
+
+
+def groups_within(value: Any) -> Iterator[dist.ProcessGroup]:
+    """All process groups in a tree of dataclasses."""
+    if isinstance(value, dist.ProcessGroup):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from groups_within(getattr(value, field.name))

@@ -6,49 +6,67 @@ from functools import lru_cache
 
 import pytest
 import torch
-from small_runs import Case, coordinator_on_rank, position_at, restore_on_rank, state_on_rank, steps_on_rank, tokens_at
+from parity import log_probs_of, plain_model
+from small_runs import (
+    Case,
+    coordinator_on_rank,
+    on_ranks,
+    position_at,
+    restore_on_rank,
+    state_on_rank,
+    steps_on_rank,
+    tokens_at,
+)
 from torch import Tensor
-from workers import pool
 
-from llama_dist.eval.scoring import PlainScorer, Replica, Request, log_likelihoods
-from llama_dist.model.init import init_
-from llama_dist.model.llama import Llama
+from llama_dist.eval.scoring import PlainScorer, Request, Replica, log_likelihoods
 
 NUM_REQUESTS, BATCH = 13, 3  # 5 batches, the last of one: neither divides by 2 or 4 ranks
+LAYOUTS = [
+    Case(zero=1),
+    Case(dp=2, zero=3),
+    Case(dp=4, zero=3),
+    Case(tp=2, zero=1),
+    Case(tp=4, zero=3, sequence_parallel=True),
+    Case(pp=2, zero=1),
+    Case(pp=4, zero=3, schedule="zb-h1"),
+    Case(pp=2, zero=3, schedule="interleaved", virtual_stages=2, tied=True),
+    Case(cp=4, zero=3),
+    Case(tp=2, cp=2, zero=1, sequence_parallel=True, kv_heads=1),
+    Case(pp=2, cp=2, zero=3, tied=True),
+    Case(dp=2, tp=2, zero=3, recompute="full", kv_heads=1),
+    Case(tp=2, pp=2, zero=3, sequence_parallel=True, recompute="full"),
+    Case(dp=2, tp=2, pp=2, zero=1, sequence_parallel=True),
+    Case(cp=2, tp=2, pp=2, zero=1, schedule="interleaved", virtual_stages=2, sequence_parallel=True),
+]
+SHAPES = [(1, 2), (3, 11), (2, 17), (5, 4), (7, 9)]  # sequences and tokens: odd, fewer than ranks, one to predict
 
 
-def plain_model(case: Case) -> Llama:
-    model = Llama(case.run.model)
-    init_(model, case.run.model, case.run.train.seed)
-    return model
-
-
-def forward_on_rank(case: Case) -> Tensor:
+def forward_on_rank(case: Case) -> list[Tensor]:
     coordinator = coordinator_on_rank(case)
     restore_on_rank(coordinator)
-    log_probs = coordinator.runner.forward_only(tokens_at(0)[:3, :11])
-    assert not log_probs.requires_grad
-    return log_probs
+    scored = [coordinator.runner.forward_only(tokens_at(case, 0)[:rows, :time]) for rows, time in SHAPES]
+    assert not any(log_probs.requires_grad for log_probs in scored)
+    return scored
 
 
-@pytest.mark.parametrize("zero", [1, 3])
-@pytest.mark.parametrize("dp", [1, 2])
-def test_forward_only_is_the_plain_models_log_probability(dp: int, zero: int) -> None:
-    case = Case(zero=zero, recompute="full")
-    tokens = tokens_at(0)[:3, :11]
-    with torch.no_grad():
-        everything = plain_model(case)(tokens[:, :-1]).log_softmax(dim=-1)
-    expected = everything.gather(2, tokens[:, 1:, None]).squeeze(2)
-    for log_probs in pool(dp).run(forward_on_rank, case):
-        assert log_probs.dtype == torch.float32
-        torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_forward_only_is_the_plain_models_log_probability(case: Case) -> None:
+    model = plain_model(case)
+    expected = [log_probs_of(model, tokens_at(case, 0)[:rows, :time]) for rows, time in SHAPES]
+    ranks = on_ranks(case, forward_on_rank)
+    for scored in ranks:
+        for known, first, true in zip(scored, ranks[0], expected, strict=True):
+            assert known.dtype == torch.float32
+            assert torch.equal(known, first), "every rank knows the same"
+            torch.testing.assert_close(known, true, rtol=1e-5, atol=1e-5)
 
 
 def requests() -> list[Request]:
     """Of unequal lengths, in no order of length, some scored from within."""
     lengths = [3 + (5 * i) % 13 for i in range(NUM_REQUESTS)]
     return [
-        Request(tuple(tokens_at(20 + i)[i % 8, :n].tolist()), scored_from=1 + i % (n - 1))
+        Request(tuple(tokens_at(Case(), 20 + i)[i % 8, :n].tolist()), scored_from=1 + i % (n - 1))
         for i, n in enumerate(lengths)
     ]
 
@@ -60,30 +78,38 @@ def scores_on_rank(case: Case) -> list[float]:
 
 
 @lru_cache
-def scores(dp: int, zero: int) -> list[float]:
-    answers = pool(dp).run(scores_on_rank, Case(zero=zero))
+def scores(case: Case) -> list[float]:
+    answers = on_ranks(case, scores_on_rank)
     assert all(answer == answers[0] for answer in answers), "every rank knows all scores"
+    assert len(answers[0]) == NUM_REQUESTS
     return answers[0]
 
 
 @pytest.mark.parametrize("zero", [1, 3])
 @pytest.mark.parametrize("dp", [1, 2, 4])
-def test_scores_are_the_same_bits_on_every_layout(dp: int, zero: int) -> None:
-    assert len(scores(dp, zero)) == NUM_REQUESTS
-    assert scores(dp, zero) == scores(1, 1)
+def test_scores_are_the_same_bits_for_any_number_of_replicas(dp: int, zero: int) -> None:
+    assert scores(Case(dp=dp, zero=zero)) == scores(Case(zero=1))
 
 
-def test_scores_are_the_plain_models() -> None:
-    """Each request alone, without padding or batching, summed by hand."""
-    model = plain_model(Case())
-    for request, score in zip(requests(), scores(2, 3), strict=True):
-        tokens = torch.tensor([request.tokens])
-        with torch.no_grad():
-            log_probs = model(tokens)[0].log_softmax(dim=-1)
-        by_hand = sum(float(log_probs[i - 1, request.tokens[i]]) for i in range(request.scored_from, len(request.tokens)))
-        assert score == pytest.approx(by_hand, rel=1e-5)
-    plain = log_likelihoods(PlainScorer(model, device=torch.device("cpu")), requests(), batch=BATCH, replica=Replica())
-    assert plain == pytest.approx(scores(2, 3), rel=1e-6)
+@lru_cache
+def scores_by_hand(unlaid: Case) -> list[float]:
+    """Each request alone, without padding or batching, summed."""
+    model, found = plain_model(unlaid), []
+    for request in requests():
+        log_probs = log_probs_of(model, torch.tensor([request.tokens]))[0]
+        found.append(float(log_probs[request.scored_from - 1 :].double().sum()))
+    return found
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_scores_are_the_plain_models(case: Case) -> None:
+    assert scores(case) == pytest.approx(scores_by_hand(case.unlaid), rel=1e-5)
+
+
+def test_a_plain_scorer_gives_the_same() -> None:
+    plain = PlainScorer(plain_model(Case()), device=torch.device("cpu"))
+    found = log_likelihoods(plain, requests(), batch=BATCH, replica=Replica())
+    assert found == pytest.approx(scores(Case(zero=1)), rel=1e-6)
 
 
 def train_on_rank(case: Case, evaluated: bool) -> tuple[object, object]:
@@ -92,12 +118,20 @@ def train_on_rank(case: Case, evaluated: bool) -> tuple[object, object]:
     for step in range(3):
         curve += steps_on_rank(coordinator, case, position_at(step), 1)
         if evaluated:
-            coordinator.runner.forward_only(tokens_at(50 + step)[:2, :9])
-    state = [(name, start, arrays["master"].tobytes()) for name, start, _, arrays in state_on_rank(coordinator)]
+            coordinator.runner.forward_only(tokens_at(case, 50 + step)[:2, :9])
+    state = [(held.name, held.box, held.data.tobytes()) for held in state_on_rank(coordinator)]
     return curve, (position, state)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_evaluation_between_steps_changes_nothing(zero: int) -> None:
-    case = Case(zero=zero, micro_batch=2, recompute="full")
-    assert pool(2).run(train_on_rank, case, True) == pool(2).run(train_on_rank, case, False)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(dp=2, zero=zero, recompute="full", micro_batch=2) for zero in (1, 2, 3)),
+        Case(tp=2, zero=3, sequence_parallel=True, micro_batch=2),
+        Case(pp=2, cp=2, zero=3, gather="step", micro_batch=2),
+        Case(tp=2, pp=2, zero=2, schedule="zb-h1", tied=True, micro_batch=2),
+    ],
+    ids=str,
+)
+def test_evaluation_between_steps_changes_nothing(case: Case) -> None:
+    assert on_ranks(case, train_on_rank, True) == on_ranks(case, train_on_rank, False)
