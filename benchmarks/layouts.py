@@ -54,7 +54,7 @@ QUESTIONS = (
     "dp4 dp2,tp2,zero3 dp2,pp2,zero3 dp2,pp2,zero3,step tp2,pp2,sp cp2,tp2,zero2 cp2,pp2,zero3",  # all together
 )
 SHAPE = {
-    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8,
+    "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096,
 }  # fmt: skip
 QUICK_SHAPE = SHAPE | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
@@ -285,9 +285,9 @@ def print_row(cells: list[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", default=" ".join(QUESTIONS), help="with spaces between them")
-    parser.add_argument("--model", metavar="FILE", help="a model's YAML file; default: 8 million parameters")
+    parser.add_argument("--model", metavar="FILE", help="a model's YAML file; default: 5 million parameters")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two steps: shows that all layouts run")
-    for name, default in (("steps", 5), ("seq-len", 256), ("batch", 8), ("micro-batch", 1)):
+    for name, default in (("steps", 4), ("seq-len", 256), ("batch", 8), ("micro-batch", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     model = load_model_config(args.model).model_dump() if args.model else QUICK_SHAPE if args.quick else SHAPE
