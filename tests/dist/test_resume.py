@@ -241,18 +241,21 @@ def test_asked_to_stop_all_ranks_save_and_a_finished_run_says_so(
     assert after == before, "nothing is written into a finished run"
 
 
-def test_a_run_moves_from_two_ranks_to_one_and_back(start: Start, undisturbed: Path, copied: Path) -> None:
+def test_a_run_moves_between_layouts(start: Start, undisturbed: Path, copied: Path) -> None:
     exact = curve_of(undisturbed)
-    for kept, ranks, zero in ((2 * EVERY, 1, 2), (3 * EVERY, 2, 1)):
+    three = {"tp": 2, "pp": 2, "zero": 3, "schedule": "zb-h1", "sequence_parallel": "true"}
+    moves = [(2 * EVERY, 1, {"zero": 2}), (3 * EVERY, 4, three)]
+    for kept, ranks, parallel in moves:
         for path in list_committed(copied / "checkpoints"):
             if int(path.name.split("-")[1]) > kept:
                 shutil.rmtree(path)
-        ended = start(copied, f"parallel.zero={zero}", ranks=ranks).end()
+        ended = start(copied, *(f"parallel.{key}={value}" for key, value in parallel.items()), ranks=ranks).end()
         assert ended.status == 0, ended.output
         resumed = events_of(copied, "resume")[-1]
         assert resumed["step"] == kept
-        layout = events_of(copied, "start")[-1]
-        assert (layout["layout"]["dp"], layout["zero"]) == (ranks, zero)
+        started = events_of(copied, "start")[-1]
+        assert started["zero"] == parallel["zero"]
+        assert [started["layout"][axis] for axis in ("tp", "pp", "cp")] == [parallel.get(a, 1) for a in ("tp", "pp", "cp")]
         curve = curve_of(copied)
         assert [row[:2] for row in curve] == [row[:2] for row in exact]
         for (*_, loss, norm, lr), (*_, exact_loss, exact_norm, exact_lr) in zip(curve, exact, strict=True):
