@@ -15,9 +15,10 @@ after each step of the layout, so that whatever slows the machine slows both. `c
 rest of the machine used less than 0.2 cores; those alone count where they are at least three. `bubble` is what the
 schedule adds to a step by theory. Memory is the largest over the ranks, in MiB: `peak` of building and three steps,
 above what the process held before (on the CPU resident data, on a GPU what is allocated); `state` by theory for
-weights, gradients and optimizer; `kept` the activations that autograd keeps for backwards, counted. Traffic is of the
-rank that sends most, in MiB a step by axis, counted / on paper (`dp`: ZeRO, over dp x cp ranks); `control`, in KiB, are
-norms and checks of all kinds. `counted / paper` is of all axes and ranks: benchmarks/traffic.py says how either is got.
+weights, gradients and optimizer; `kept` the activations that autograd keeps for backwards, counted (what zb-h1 holds on
+to after that, for the weight gradients that it puts off, is only in `peak`). Traffic is of the rank that sends most, in
+MiB a step by axis, counted / on paper (`dp`: ZeRO, over dp x cp ranks); `control`, in KiB, are norms and checks of all
+kinds. `counted / paper` is of all axes and ranks: benchmarks/traffic.py says how either is got.
 """
 
 from __future__ import annotations
