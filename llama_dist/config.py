@@ -111,14 +111,15 @@ class ParallelConfig(Section):
     """What DeepSpeed ZeRO partitions: 1 optimizer state, 2 also gradients, 3 also parameters."""
     gather: Literal["microbatch", "step"] = "microbatch"
     """With ZeRO-3: gather parameters for every micro-batch (least memory), or keep them through a step (least
-    communication)."""
+    communication). With pp > 1 gathering cannot run ahead of the computation on any stage but the last."""
     micro_batch: Count = 1
     """Sequences that a replica takes through the model at a time, at most: what bounds the memory of activations. The
     largest number up to this that divides the replica's share is used, and the rest of the share is accumulated; for
     schedule interleaved the number of micro-batches is a multiple of pp."""
     schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
     """Order of forwards and backwards in the pipeline: one forward one backward, all forwards first, 1f1b over
-    virtual stages (a smaller bubble for more messages), or zero bubble H1 (the gradients of weights fill the bubble)."""
+    virtual stages (a smaller bubble for more messages), or zero bubble H1 (the gradients of weights fill the bubble; what
+    they are made of is kept until then, which activation checkpointing does not save)."""
     virtual_stages: Count = 1
     """Chunks of the model on each pipeline rank, chunk c on rank c % pp; above 1 for schedule interleaved alone."""
     stage_layers: Annotated[list[Count], Field(min_length=1)] | None = None

@@ -53,10 +53,6 @@ class WeightGradients:
         finally:
             self._noting = None
 
-    def note(self, weight: nn.Parameter, term: Callable[[], Tensor]) -> None:
-        assert self._noting is not None, "a backward of a deferred model must run inside of noting()"
-        self._noting.setdefault(weight, []).append(term)
-
     def _multiply(self, x: Tensor, weight: nn.Parameter) -> Tensor:
         return _Multiply.apply(self._root, x, self._noted(weight))
 

@@ -61,17 +61,28 @@ class Mpu:
         return dist.get_world_size(self._groups.replica)
 
 
-class Inject(torch.autograd.Function):
-    """A scalar whose backward hands `gradient` to `output`: DeepSpeed's backward takes scalars only."""
+class Root:
+    """Where the backward of an output begins; it does not keep the output's values, which only the next stage reads."""
 
+    def __init__(self, output: Tensor) -> None:
+        self._gradients: list[Tensor] = []
+        self._scalar = _Inject.apply(output, self._gradients)
+
+    def scalar(self, gradient: Tensor) -> Tensor:
+        """A scalar whose backward, once, gives the output its `gradient`: DeepSpeed's backward takes scalars only."""
+        self._gradients.append(gradient)
+        return self._scalar
+
+
+class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, output: Tensor, gradients: list[Tensor]) -> Tensor:
+        ctx.gradients = gradients
         return output.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0], None
+        return ctx.gradients.pop(), None
 
 
 class StageEngine:
@@ -142,17 +153,17 @@ class StageEngine:
         """As `Stage.forward`."""
         return self._compute(x, targets, **place)
 
-    def backward(self, output: Tensor, gradient: Tensor, *, is_last: bool) -> None:
+    def backward(self, root: Root, gradient: Tensor, *, is_last: bool) -> None:
         """Accumulate the gradients that follow from that of an output; `is_last` marks the step's last backward."""
         self._prepare_backward(is_last=is_last)
-        self.engine.backward(Inject.apply(output, gradient), scale_wrt_gas=False)
+        self.engine.backward(root.scalar(gradient), scale_wrt_gas=False)
 
-    def backward_input(self, output: Tensor, gradient: Tensor) -> Terms:
+    def backward_input(self, root: Root, gradient: Tensor) -> Terms:
         """Only the part of a backward that the stage before waits for; returns what `backward_weights` needs."""
         if self.zero == 3:
             self._counts.restore_()
         with self._weight_gradients.noting() as terms:
-            torch.autograd.backward(output, gradient)
+            root.scalar(gradient).backward()
         if self.zero == 3:
             # Token ids have no gradient, by which ZeRO-3 would see that the embedding's backward is done.
             self.engine.optimizer.parameter_offload.release_backward_leftovers()
@@ -218,11 +229,11 @@ def prepare_deepspeed(runtime: Runtime) -> None:
 
 def deepspeed_config(run: RunConfig, stage: Stage, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The DeepSpeed configuration of the engine of one (meta) stage."""
-    numel = sum(parameter.numel() for parameter in stage.parameters())
-    bucket = min(MAX_BUCKET, -(-numel // 1024) * 1024)  # DeepSpeed wants a multiple of its alignment
-    gathering = gather_options(
-        run.parallel.gather, largest_layer=stage.largest_layer(), hidden_size=run.model.hidden_size
-    )
+    largest_layer = stage.largest_layer()
+    # A buffer of this size lives through the run: a layer is enough to overlap, and the whole stage would cost what
+    # ZeRO-3 saves. DeepSpeed wants a multiple of its alignment.
+    bucket = min(MAX_BUCKET, -(-largest_layer // 1024) * 1024)
+    gathering = gather_options(run.parallel.gather, largest_layer=largest_layer, hidden_size=run.model.hidden_size)
     reduction = {"communication_data_type": "fp32"} if run.train.reduce_precision == "fp32" else {}
     return {
         # Batches and accumulation are the runner's; DeepSpeed only wants numbers, and must divide by nothing.
@@ -236,7 +247,8 @@ def deepspeed_config(run: RunConfig, stage: Stage, *, dtype: torch.dtype, device
         "zero_optimization": {
             "stage": run.parallel.zero,
             "contiguous_gradients": True,
-            "overlap_comm": device.type == "cuda",
+            # ZeRO-1 and 2 would wait for the whole device after every backward, and with it for messages under way.
+            "overlap_comm": device.type == "cuda" and run.parallel.zero == 3,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             # Norms are summed over the stages sub-group by sub-group: each must have as many as the others.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama_dist.model.llama import Cache, Documents
 from llama_dist.pipeline.deferred import Terms
-from llama_dist.pipeline.engine import StageEngine
+from llama_dist.pipeline.engine import Root, StageEngine
 from llama_dist.pipeline.schedule import Action, Kind
 from llama_dist.pipeline.transport import Message, Transport
 
@@ -54,7 +54,7 @@ class Execution:
         self._loss_weight = loss_weight
         self._hidden: dict[tuple[int, int], Tensor | Message] = {}
         self._gradients: dict[tuple[int, int], Tensor | Message] = {}
-        self._open: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # input and output of what waits for a backward
+        self._open: dict[tuple[int, int], tuple[Tensor, Root]] = {}  # input and graph of what waits for a backward
         self._deferred: dict[tuple[int, int], Terms] = {}
         self.outputs: dict[int, Tensor] = {}  # of the last chunk, by micro-batch: token losses or logits
 
@@ -100,28 +100,28 @@ class Execution:
         else:
             self._hidden[number, chunk + 1] = y.detach()
         if self._loss_weight is not None:
-            self._open[number, chunk] = (x, y)
+            self._open[number, chunk] = (x, Root(y))
 
     def _backward(self, action: Action, *, is_last: bool) -> None:
-        x, y, gradient = self._take(action)
-        self._engine.backward(y, gradient, is_last=is_last)
+        x, root, gradient = self._take(action)
+        self._engine.backward(root, gradient, is_last=is_last)
         self._keep_gradient(action, x)
 
     def _backward_input(self, action: Action) -> None:
-        x, y, gradient = self._take(action)
-        self._deferred[action.microbatch, action.chunk] = self._engine.backward_input(y, gradient)
+        x, root, gradient = self._take(action)
+        self._deferred[action.microbatch, action.chunk] = self._engine.backward_input(root, gradient)
         self._keep_gradient(action, x)
 
     def _backward_weights(self, action: Action, *, is_last: bool) -> None:
         self._engine.backward_weights(self._deferred.pop((action.microbatch, action.chunk)), is_last=is_last)
 
-    def _take(self, action: Action) -> tuple[Tensor, Tensor, Tensor]:
-        """Input, output and the output's gradient of the forward that `action` is the backward of."""
+    def _take(self, action: Action) -> tuple[Tensor, Root, Tensor]:
+        """Input, graph and the output's gradient of the forward that `action` is the backward of."""
         _, number, chunk = action
-        x, y = self._open.pop((number, chunk))
+        x, root = self._open.pop((number, chunk))
         if chunk == self._last_chunk:
-            return x, y, torch.full_like(y, self._loss_weight)
-        return x, y, _arrived(self._gradients.pop((number, chunk)))
+            return x, root, torch.full_like(self.outputs[number], self._loss_weight)
+        return x, root, _arrived(self._gradients.pop((number, chunk)))
 
     def _keep_gradient(self, action: Action, x: Tensor) -> None:
         if action.chunk > 0:

@@ -91,16 +91,18 @@ class PipelineRunner:
         log p(tokens[b, t + 1] | tokens[b, : t + 1]). Collective over the ranks of a replica; under ZeRO-3 over all
         ranks, which must call it equally often.
         """
-        length, parts = tokens.shape[1] - 1, self.runtime.layout.cp * self.engine.stage.sequence_parts
-        padded = F.pad(tokens, (0, -length % parts))  # on the right, where no scored token can see it
-        microbatches = [self._part(Batch(rows, None)) for rows in padded.split(self._rows(len(tokens)))]
+        layout = self.runtime.layout
+        batch, length = len(tokens), tokens.shape[1] - 1
+        # On the right, where no scored token can see it; and as many micro-batches as stages whatever the batch, because
+        # replicas have batches of different sizes, and under ZeRO-3 must run equally many forwards.
+        padded = F.pad(tokens, (0, -length % (layout.cp * self.engine.stage.sequence_parts), 0, -batch % layout.pp))
+        microbatches = [self._part(Batch(rows)) for rows in padded.chunk(layout.pp)]
         with self.engine.evaluating():
             outputs = self._execute("forward", microbatches)
-        own = microbatches[0].tokens.shape[1]
-        losses = self._from_last(outputs, (len(tokens), own))
-        everyone = [torch.empty_like(losses) for _ in range(self.runtime.layout.cp)]
+        losses = self._from_last(outputs, (len(padded), microbatches[0].tokens.shape[1]))
+        everyone = [torch.empty_like(losses) for _ in range(layout.cp)]
         dist.all_gather(everyone, losses, group=self.runtime.groups.cp)
-        return -torch.cat(everyone, dim=1)[:, :length]
+        return -torch.cat(everyone, dim=1)[:batch, :length]
 
     def logits(self, tokens: Tensor, *, start: int, cache: Cache) -> Tensor:
         """Logits after the last of `tokens` (batch, time): (batch, vocab_size) float32, the same on all ranks.
@@ -117,7 +119,7 @@ class PipelineRunner:
 
     def _part(self, batch: Batch) -> Microbatch:
         """This rank's positions of a batch: one contiguous part of every sequence for each rank of `cp`."""
-        tokens = batch.tokens.to(self.runtime.device, non_blocking=True)
+        tokens = batch.tokens.to(self.runtime.device)
         length = (tokens.shape[1] - 1) // self.runtime.layout.cp
         start = self.runtime.coord.cp * length
         return Microbatch(
@@ -126,10 +128,6 @@ class PipelineRunner:
             start=start,
             documents=batch.documents,
         )
-
-    def _rows(self, batch: int) -> int:
-        """Rows at a time such that every stage has something to do, where there are enough of them."""
-        return -(-batch // self.runtime.layout.pp)
 
     def _execute(
         self, schedule: str, microbatches: Sequence[Microbatch], *, loss_weight: float | None = None

@@ -147,7 +147,8 @@ def checkpoint_(model: Llama, mode: CheckpointMode) -> None:
             continue
         block = layer.self_attn if mode == "selective" else layer
         # The forward is wrapped and not the module, so that parameters keep their names and ZeRO-3 its hooks.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        # Nothing in a layer is random.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def materialise_(stage: Stage, *, device: torch.device, dtype: torch.dtype) -> None:

@@ -13,7 +13,11 @@ from torch import Tensor
 from llama_dist.pipeline.schedule import Action, Kind
 from llama_dist.runtime import Channels
 
-AHEAD = 2  # receives posted on a channel at a time: one is filled while the one before is computed on
+# Receives posted on a channel before the program comes to them: one is filled while the one before is computed on.
+# Not on GPUs, where whatever waits for the whole device (an allocation, DeepSpeed's reduction under ZeRO-2) would wait
+# for messages that this rank's own later work calls for. There a receive is posted where it stands in the program, which
+# is before it is needed, and where its send has been posted.
+AHEAD = {"cpu": 2, "cuda": 0}
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,16 @@ class Transport:
         self._to_post = {kind: deque(a for a in actions if a.kind == kind) for kind in ("RECV_F", "RECV_B")}
         self._posted: dict[Kind, deque[tuple[Action, Message]]] = {kind: deque() for kind in self._to_post}
         self._under_way: deque[Message] = deque()
+        self._ahead = AHEAD[device.type]
         for kind in self._to_post:
-            self._post(kind)
+            self._post(kind, self._ahead)
 
     def receive(self, action: Action) -> Message:
         """The message of a RECV action, which may still be under way."""
+        self._post(action.kind, max(self._ahead, 1))
         expected, message = self._posted[action.kind].popleft()
         assert expected == action, f"{action} is run where {expected} comes next"
-        self._post(action.kind)
+        self._post(action.kind, self._ahead)
         return message
 
     def send(self, action: Action, data: Tensor) -> None:
@@ -76,8 +82,8 @@ class Transport:
         while self._under_way:
             self._under_way.popleft().wait()
 
-    def _post(self, kind: Kind) -> None:
-        while self._to_post[kind] and len(self._posted[kind]) < AHEAD:
+    def _post(self, kind: Kind, count: int) -> None:
+        while self._to_post[kind] and len(self._posted[kind]) < count:
             action = self._to_post[kind].popleft()
             channel = self._channels.forward_in if kind == "RECV_F" else self._channels.backward_in
             buffer = torch.empty(self._shapes[action.microbatch], dtype=self._dtype, device=self._device)
