@@ -36,7 +36,7 @@ LAYOUTS = [
     Case(pp=2, cp=2, zero=3, tied=True),
     Case(dp=2, tp=2, zero=3, recompute="full", kv_heads=1),
     Case(tp=2, pp=2, zero=3, sequence_parallel=True, recompute="full"),
-    Case(dp=2, tp=2, pp=2, zero=1, sequence_parallel=True),
+    Case(dp=2, tp=2, pp=2, zero=3, sequence_parallel=True),
     Case(cp=2, tp=2, pp=2, zero=1, schedule="interleaved", virtual_stages=2, sequence_parallel=True),
 ]
 SHAPES = [(1, 2), (3, 11), (2, 17), (5, 4), (7, 9)]  # sequences and tokens: odd, fewer than ranks, one to predict
