@@ -119,7 +119,8 @@ class Pool:
     def _start(self) -> None:
         # One clean process imports what all workers need, once; each worker is a fork of it, as good as a fresh one.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["llama_dist.train.session"])
+        # The second is what DeepSpeed imports in the middle of making an engine, at a cost of seconds.
+        context.set_forkserver_preload(["llama_dist.train.session", "deepspeed.runtime.zero.muon.muon_optimizer"])
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded
         store = self._folder / "store"
         store.unlink(missing_ok=True)
