@@ -287,7 +287,7 @@ def compare_gradients(case: Case, place: Place, model: Llama, plain: Llama, *, w
     return {name: p.grad for name, p in held.items() if p.dim() == 1 and p.grad is not None}
 
 
-def compare(case: Case, part: str) -> None:
+def assert_equal_on_all_ranks(case: Case, part: str) -> None:
     results = pool(case.world).run(compare_on_rank, case, part)
     kept = [result for result in results if result is not None]
     assert len(kept) == case.tp * case.cp
@@ -305,7 +305,7 @@ THREE.append(Case(cp=3, kv_heads=1))
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("case", [*LAYOUTS, *SEQUENCE_PARALLEL, *THREE], ids=str)
 def test_a_part_equals_the_plain_one(case: Case, part: str) -> None:
-    compare(case, part)
+    assert_equal_on_all_ranks(case, part)
 
 
 def whole_cases() -> Iterator[Case]:
@@ -318,12 +318,12 @@ def whole_cases() -> Iterator[Case]:
 
 @pytest.mark.parametrize("case", list(whole_cases()), ids=str)
 def test_a_model_equals_the_plain_one_but_for_float64_rounding(case: Case) -> None:
-    compare(replace(case, dtype=torch.float64), "whole_model")
+    assert_equal_on_all_ranks(replace(case, dtype=torch.float64), "whole_model")
 
 
 @pytest.mark.parametrize("case", [*LAYOUTS, *SEQUENCE_PARALLEL], ids=str)
 def test_bfloat16_is_close(case: Case) -> None:
-    compare(replace(case, dtype=torch.bfloat16, documents=DOCUMENTS[1]), "whole_model")
+    assert_equal_on_all_ranks(replace(case, dtype=torch.bfloat16, documents=DOCUMENTS[1]), "whole_model")
 
 
 # ---- generation

@@ -103,3 +103,25 @@ def test_the_output_of_a_stage_is_not_kept_for_its_backward() -> None:
     assert kept() is None
     root.scalar(torch.tensor([1.0, 2.0, 3.0])).backward()
     assert x.grad.tolist() == [2.0, 4.0, 6.0]
+
+
+def sends_under_way_on_rank(case: Case) -> int:
+    """Train a step; the most messages that were kept for sending at a time."""
+    most, send = 0, transport.Transport.send
+
+    def counted(self: transport.Transport, *args: object) -> None:
+        nonlocal most
+        send(self, *args)
+        most = max(most, len(self._under_way))
+
+    transport.Transport.send = counted
+    try:
+        train_on_rank(case, 1)
+    finally:
+        transport.Transport.send = send
+    return most
+
+
+def test_few_sent_messages_are_kept_whatever_the_number_of_micro_batches() -> None:
+    first, _ = on_ranks(Case(pp=2, zero=1, schedule="gpipe", global_batch=16), sends_under_way_on_rank)
+    assert 0 < first <= transport.SENT_AHEAD["cpu"]
