@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 
 
-
 @dataclass(frozen=True)
 class Rows:
     """Some samples: `tokens` (n, seq_len + 1) in the stored type.
