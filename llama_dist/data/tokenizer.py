@@ -6,10 +6,12 @@ import hashlib
 import io
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -38,6 +40,14 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, with no bos or eos; text that looks like a special token is plain text."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str], *, bos_eos: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all `texts`, one after another (int32), and how many each has (int64).
+
+        With `bos_eos`, each text is a document: bos, where there is one, before its ids, and eos after them.
+        Raises UnicodeEncodeError for a text with half of a surrogate pair, which is no text.
+        """
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -85,6 +95,9 @@ class SentencePieceTokenizer:
         if len(text) <= CHUNK_CHARACTERS or not self._can_cut:
             return self._ids(text)
         return self._encode_in_chunks(text, CHUNK_CHARACTERS)
+
+    def encode_batch(self, texts: Sequence[str], *, bos_eos: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        return _joined([self.encode(text) for text in texts], self if bos_eos else None)
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
@@ -144,6 +157,10 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def encode_batch(self, texts: Sequence[str], *, bos_eos: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return _joined([item.ids for item in encoded], self if bos_eos else None)
 
     def decode(self, ids: list[int]) -> str:
         special = {self.bos_id, self.eos_id}
@@ -247,6 +264,15 @@ def _explain(error: RuntimeError, vocab_size: int) -> UserError:
             f"raise it to {int(too_low[1]) + 1} or more"
         )
     return UserError(f"vocab_size={vocab_size}: sentencepiece could not train on this text: {text}")
+
+
+def _joined(ids: list[list[int]], marks: Tokenizer | None) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of ids as one array and their lengths, with the bos and eos of `marks` around each."""
+    if marks is not None:
+        before = [] if marks.bos_id is None else [marks.bos_id]
+        ids = [[*before, *item, marks.eos_id] for item in ids]
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
 
 def _tokenizer_file(path: Path) -> Path:
