@@ -1,84 +1,40 @@
 """Token shards: the .bin/.idx pairs of Megatron-LM and a MANIFEST.json beside them.
 
 A shard directory holds pairs 00000.bin/.idx, 00001.bin/.idx, ...; their tokens are addressed as one long sequence.
-The index file: magic, version, dtype code, number of sequences and of documents (with the end), then the length of
-each sequence (int32), its first byte in the .bin (int64), and the first sequence of each document (int64).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import struct
-import weakref
-from bisect import bisect_right
-from dataclasses import asdict, dataclass
+import resource
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
+from llama_dist.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
+from llama_dist.data.megatron import DTYPES, HEADER, MAGIC, Index, dtype_for
+from llama_dist.data.storage import File, LocalStorage, Storage
 from llama_dist.errors import UserError
 from llama_dist.files import check_file
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
-MANIFEST = "MANIFEST.json"
-FORMAT = "llama_dist token shards v1"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a shard directory says of itself, in MANIFEST.json.
-
-    `unigram_entropy` is in nats per token, from the exact counts; `raw_bytes` is the size of the texts in UTF-8,
-    for bits per byte; `tokenizer` has file, fingerprint, vocab_size, bos_id, eos_id; `files` and `inputs` have bytes
-    and xxh3_128 for each file.
-    """
-
-    tokens: int
-    documents: int
-    raw_bytes: int
-    unigram_entropy: float
-    dtype: str
-    tokenizer: dict[str, Any]
-    inputs: list[dict[str, Any]]
-    files: dict[str, dict[str, Any]]
-    command: str
-    format: str = FORMAT
-
-    def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=2) + "\n").encode()
-
-
-def dtype_for(vocab_size: int) -> np.dtype:
-    """The type that tokens of a vocabulary are stored in: two bytes where they suffice."""
-    return DTYPES[8] if vocab_size <= 65535 else DTYPES[4]
+__all__ = [
+    "DTYPES", "FORMAT", "HEADER", "MAGIC", "MANIFEST", "Manifest", "Shards", "dtype_for", "find_damage",
+    "load_manifest", "verify",
+]  # fmt: skip
+MAX_OPEN_INDEXES = 16
 
 
 def load_manifest(path: str | Path) -> Manifest:
     """Read the manifest of a shard directory. Raises UserError where there is none or it is not one."""
     path = Path(path)
-    file = path / MANIFEST
     if not path.is_dir():
         raise UserError(f"{path}: there is no such shard directory; make one with `llama-dist prepare`")
-    if not file.is_file():
+    if not (path / MANIFEST).is_file():
         raise UserError(f"{path}: has no {MANIFEST}, so it is not a finished shard directory; make it again")
-    try:
-        values = json.loads(file.read_bytes())
-        if isinstance(values, dict) and "tokenizer" not in values:
-            raise UserError(f"{path}: is no shard directory: {MANIFEST} is that of something else")
-        manifest = Manifest(**values)
-    except UserError:
-        raise
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: is damaged ({error}); make the shard directory again") from error
-    if manifest.format != FORMAT:
-        raise UserError(f"{file}: format is {manifest.format!r}; this version reads {FORMAT!r}; make the shards again")
-    return manifest
+    return read_manifest(LocalStorage(path))
 
 
 def verify(path: str | Path) -> None:
@@ -101,52 +57,132 @@ def find_damage(path: str | Path, *, part: int = 0, parts: int = 1) -> list[str]
     return [problem for problem in found if problem]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A pair by name, and the sizes in bytes that its files must have (`idx_bytes` None: any)."""
+
+    name: str
+    bin_bytes: int
+    idx_bytes: int | None
+    documents: int | None
+
+
 class Shards:
     """Reads a shard directory, or one Megatron pair given by its prefix (then `manifest` is None).
 
-    Tokens come through `pread`, not a memory map: the page cache serves both alike, but mapped pages count as the
-    memory of each rank that touched them, and a file cut short under a map is a bus error rather than a message.
-    Opening looks at sizes and headers only. Raises UserError for what is missing, cut short or not of the format.
+    Opening reads MANIFEST.json and no more, however large the corpus is; pairs are opened, and their sizes checked,
+    when they are first read. Tokens come through `pread`, not a memory map: the page cache serves both alike, but
+    mapped pages count as the memory of each rank that touched them, and a file cut short under a map is a bus error
+    rather than a message. Several threads may read at once.
+
+    Raises UserError for what is missing, cut short or not of the format: here, or at the first use of a pair.
     """
+
+    manifest: Manifest | None = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest: Manifest | None = None
+        self._storage: Storage
         if not self.path.is_dir() and Path(f"{path}.idx").is_file():
-            prefixes = [self.path]
+            self._storage = LocalStorage(self.path.parent)
+            index = Index(self._storage.open(f"{self.path.name}.idx"))
+            self.dtype = index.dtype
+            self._pairs = [Pair(self.path.name, index.num_bytes, None, index.num_documents)]
+            self._storage.open(f"{self.path.name}.bin", index.num_bytes)
         else:
+            self._storage = LocalStorage(self.path)
             self.manifest = load_manifest(path)
-            for name, expected in self.manifest.files.items():
-                _check_size(self.path / name, expected["bytes"])
-            prefixes = [self.path / name[: -len(".bin")] for name in self.manifest.files if name.endswith(".bin")]
-        self._pairs = [_Pair(prefix) for prefix in prefixes]
-        self._token_starts = [0, *accumulate(pair.num_tokens for pair in self._pairs)]
-        self._document_starts = [0, *accumulate(pair.num_documents for pair in self._pairs)]
-        self.num_tokens: int = self._token_starts[-1]
-        self.num_documents: int = self._document_starts[-1]
-        counts = (self.num_tokens, self.num_documents)
-        if self.manifest is not None and counts != (self.manifest.tokens, self.manifest.documents):
-            raise UserError(
-                f"{self.path}: holds {counts[0]} tokens in {counts[1]} documents, but its {MANIFEST} says "
-                f"{self.manifest.tokens} in {self.manifest.documents}; make the shards again"
-            )
+            self.dtype = np.dtype(self.manifest.dtype)
+            self._pairs = _pairs_of(self.manifest, where=str(self.path))
+        tokens = [pair.bin_bytes // self.dtype.itemsize for pair in self._pairs]
+        self._token_starts = np.array([0, *accumulate(tokens)], dtype=np.int64)
+        self.num_tokens = int(self._token_starts[-1])
+        self.num_documents = self.manifest.documents if self.manifest else int(self._pairs[0].documents or 0)
+        self._open = lru_cache(maxsize=_max_open_files())(self._storage.open)
+        self._open_index = lru_cache(maxsize=MAX_OPEN_INDEXES)(partial(_open_index, self._storage, self.dtype))
+        if self.manifest is not None and self.num_tokens != self.manifest.tokens:
+            raise self._miscounted(self.num_documents)
+        if all(pair.documents is not None for pair in self._pairs):
+            self._document_starts  # noqa: B018  (says now whether the counts agree)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the whole sequence, in the stored dtype."""
         assert 0 <= start <= stop <= self.num_tokens, f"tokens [{start}, {stop}) of {self.num_tokens}"
-        first = min(bisect_right(self._token_starts, start), len(self._pairs)) - 1
-        parts = []
-        for pair, offset in zip(self._pairs[first:], self._token_starts[first:], strict=False):
-            if offset >= stop and parts:
-                break
-            parts.append(pair.read(max(start - offset, 0), min(stop - offset, pair.num_tokens)))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        found = np.empty(stop - start, dtype=self.dtype)
+        self._read_into(memoryview(found).cast("B"), start)
+        return found
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """`length` tokens from each of `starts`, in this order: (len(starts), length) in the stored dtype."""
+        starts = np.asarray(starts, dtype=np.int64)
+        found = np.empty((len(starts), length), dtype=self.dtype)
+        if not found.size:
+            return found
+        assert starts.min() >= 0 and starts.max() + length <= self.num_tokens, (
+            f"{length} tokens from {starts.min()} to {starts.max()} of {self.num_tokens}"
+        )
+        buffer, row_bytes = memoryview(found).cast("B"), length * self.dtype.itemsize
+        pairs = self._pair_at(starts)
+        inside = (starts + length <= self._token_starts[pairs + 1]).tolist()
+        offsets = ((starts - self._token_starts[pairs]) * self.dtype.itemsize).tolist()
+        numbers = pairs.tolist()
+        opened, file = -1, None
+        for i in np.argsort(pairs, kind="stable").tolist():  # pair by pair: each is opened once at most
+            row = buffer[i * row_bytes : (i + 1) * row_bytes]
+            if not inside[i]:
+                self._read_into(row, int(starts[i]))
+                continue
+            if file is None or numbers[i] != opened:
+                opened, file = numbers[i], self._bin(numbers[i])
+            file.read_into(row, offsets[i])
+        return found
+
+    def prefetch(self, starts: np.ndarray, length: int) -> None:
+        """Have rows ready soon; only a hint, which never raises."""
+        itemsize = self.dtype.itemsize
+        for start in np.asarray(starts).tolist():
+            try:
+                pair = int(self._pair_at(start))
+                offset = (start - int(self._token_starts[pair])) * itemsize
+                self._bin(pair).prefetch(offset, length * itemsize)
+            except (UserError, IndexError):  # who reads it will say so
+                return
 
     def document(self, i: int) -> np.ndarray:
         """The tokens of document `i`, with its bos and eos."""
+        return self.tokens(*self.document_span(i))
+
+    def document_span(self, i: int) -> tuple[int, int]:
+        """The tokens [start, stop) of the whole sequence that document `i` is."""
         assert 0 <= i < self.num_documents, f"document {i} of {self.num_documents}"
-        which = bisect_right(self._document_starts, i) - 1
-        return self._pairs[which].document(i - self._document_starts[which])
+        pair = int(np.searchsorted(self._document_starts, i, side="right")) - 1
+        start, stop = self._index(pair).span(i - int(self._document_starts[pair]))
+        offset = int(self._token_starts[pair])
+        return offset + start, offset + stop
+
+    def document_at(self, token: int) -> tuple[int, int]:
+        """The document that a token is of, and its first token."""
+        assert 0 <= token < self.num_tokens, f"token {token} of {self.num_tokens}"
+        pair = int(self._pair_at(token))
+        offset = int(self._token_starts[pair])
+        index = self._index(pair)
+        document = index.document_at(token - offset)
+        return int(self._document_starts[pair]) + document, offset + index.span(document)[0]
+
+    def document_lengths(self) -> np.ndarray:
+        """The number of tokens of every document: int64 (num_documents,)."""
+        parts = [self._index(i).document_lengths() for i in range(len(self._pairs))]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+    def pair_of(self, token: int) -> str:
+        """The .bin file that holds a token, for messages."""
+        return f"{self._storage.path}/{self._pairs[int(self._pair_at(token))].name}.bin"
+
+    def check_sizes(self) -> None:
+        """Raise UserError where a file is missing or not of the size in the manifest, without reading any."""
+        for pair in self._pairs:
+            self._storage.open(f"{pair.name}.bin", pair.bin_bytes)
+            self._storage.open(f"{pair.name}.idx", pair.idx_bytes)
 
     def sample_checksums(self) -> dict[str, str]:
         """A checksum of evenly spread tokens, for shards without a manifest: tells corpora apart without reading all."""
@@ -156,80 +192,75 @@ class Shards:
             digest.update(self.tokens(start, min(start + 4096, self.num_tokens)).tobytes())
         return {"sampled": digest.hexdigest()}
 
-    def document_lengths(self) -> np.ndarray:
-        """The number of tokens of every document: int64 (num_documents,)."""
-        return np.concatenate([pair.document_lengths() for pair in self._pairs])
+    def _pair_at(self, tokens: np.ndarray | int) -> np.ndarray:
+        """The pairs that hold tokens; those without any hold none."""
+        return np.searchsorted(self._token_starts, tokens, side="right") - 1
 
+    def _read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill the buffer with tokens from `start` on, from as many pairs as it takes."""
+        itemsize, done = self.dtype.itemsize, 0
+        while done < len(buffer):
+            token = start + done // itemsize
+            pair = int(self._pair_at(token))
+            count = min(len(buffer) - done, (int(self._token_starts[pair + 1]) - token) * itemsize)
+            offset = (token - int(self._token_starts[pair])) * itemsize
+            self._bin(pair).read_into(buffer[done : done + count], offset)
+            done += count
 
-class _Pair:
-    """One .bin/.idx pair."""
+    def _bin(self, i: int) -> File:
+        return self._open(f"{self._pairs[i].name}.bin", self._pairs[i].bin_bytes)
 
-    def __init__(self, prefix: Path) -> None:
-        self._bin = Path(f"{prefix}.bin")
-        index = Path(f"{prefix}.idx")
-        self._dtype, num_sequences, num_entries = _read_header(index)
-        self.num_documents = num_entries - 1
-        _check_size(index, HEADER.size + 12 * num_sequences + 8 * num_entries)
-        raw = np.memmap(index, mode="r", offset=HEADER.size)
-        lengths = raw[: 4 * num_sequences].view("<i4")
-        self._pointers = raw[4 * num_sequences : 12 * num_sequences].view("<i8")
-        self._documents = raw[12 * num_sequences :].view("<i8")
-        if (self._documents[0], self._documents[-1]) != (0, num_sequences):
-            raise UserError(f"{index}: its documents do not cover its {num_sequences} sequences; make it again")
-        num_bytes = int(self._pointers[-1]) + int(lengths[-1]) * self._dtype.itemsize if num_sequences else 0
-        self.num_tokens = num_bytes // self._dtype.itemsize
-        _check_size(self._bin, num_bytes)
-        self._handle = os.open(self._bin, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._handle)
+    def _index(self, i: int) -> Index:
+        return self._open_index(self._pairs[i])
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        at, end = start * self._dtype.itemsize, stop * self._dtype.itemsize
-        blocks = []
-        while at < end:
-            blocks.append(os.pread(self._handle, end - at, at))
-            if not blocks[-1]:
-                raise UserError(f"{self._bin}: ended at byte {at} while it was read, expected {end}; was it replaced?")
-            at += len(blocks[-1])
-        return np.frombuffer(b"".join(blocks), dtype=self._dtype)
+    @cached_property
+    def _document_starts(self) -> np.ndarray:
+        """The first document of each pair, and their number; from the headers where the manifest does not say."""
+        counts = [
+            self._index(i).num_documents if pair.documents is None else pair.documents
+            for i, pair in enumerate(self._pairs)
+        ]
+        if sum(counts) != self.num_documents:
+            raise self._miscounted(sum(counts))
+        return np.array([0, *accumulate(counts)], dtype=np.int64)
 
-    def document(self, i: int) -> np.ndarray:
-        return self.read(self._token_of(i), self._token_of(i + 1))
-
-    def document_lengths(self) -> np.ndarray:
-        starts = np.append(self._pointers, self.num_tokens * self._dtype.itemsize)[self._documents]
-        return np.diff(starts) // self._dtype.itemsize
-
-    def _token_of(self, document: int) -> int:
-        """The first token of a document, or the end of the last."""
-        sequence = int(self._documents[document])
-        if sequence == len(self._pointers):
-            return self.num_tokens
-        return int(self._pointers[sequence]) // self._dtype.itemsize
-
-
-def _read_header(index: Path) -> tuple[np.dtype, int, int]:
-    """The dtype, the number of sequences and the number of document entries of an index file."""
-    if not index.is_file():
-        raise UserError(f"{index}: is missing; copy or make the shards again")
-    with index.open("rb") as file:
-        header = file.read(HEADER.size)
-    if header[: len(MAGIC)] != MAGIC:
-        raise UserError(f"{index}: is not a Megatron index file (it begins with {header[: len(MAGIC)]!r})")
-    if len(header) < HEADER.size:
-        raise UserError(f"{index}: is cut short: {len(header)} bytes are fewer than its header of {HEADER.size}")
-    _, version, code, num_sequences, num_entries = HEADER.unpack(header)
-    if version != 1 or code not in DTYPES or num_entries < 1:
-        raise UserError(
-            f"{index}: version {version}, dtype code {code}, {num_entries} document entries; "
-            "allowed are version 1, code 4 (int32) or 8 (uint16), 1 entry or more"
+    def _miscounted(self, documents: int) -> UserError:
+        assert self.manifest is not None, "a bare pair is what its index says"
+        return UserError(
+            f"{self.path}: holds {self.num_tokens} tokens in {documents} documents, but its {MANIFEST} says "
+            f"{self.manifest.tokens} in {self.manifest.documents}; make the shards again"
         )
-    return DTYPES[code], num_sequences, num_entries
 
 
-def _check_size(file: Path, expected: int) -> None:
-    if not file.is_file():
-        raise UserError(f"{file}: is missing; copy or make the shards again")
-    found = file.stat().st_size
-    if found != expected:
-        what = "is cut short" if found < expected else "is too long"
-        raise UserError(f"{file}: {what}: {found} bytes, expected {expected}; copy or make the shards again")
+def _pairs_of(manifest: Manifest, *, where: str) -> list[Pair]:
+    """The pairs of a shard directory, in the manifest's order."""
+    pairs = []
+    for name, entry in manifest.files.items():
+        if not name.endswith(".bin"):
+            continue
+        stem = name.removesuffix(".bin")
+        index = manifest.files.get(f"{stem}.idx")
+        if index is None:
+            raise UserError(f"{where}: {MANIFEST} names {name} and no {stem}.idx; make the shards again")
+        pairs.append(Pair(stem, entry["bytes"], index["bytes"], entry.get("documents")))
+    return pairs
+
+
+def _open_index(storage: Storage, dtype: np.dtype, pair: Pair) -> Index:
+    """The index of a pair, which must be of the tokens that the manifest tells of."""
+    file = storage.open(f"{pair.name}.idx", pair.idx_bytes)
+    index = Index(file)
+    found = (index.dtype, index.num_bytes, index.num_documents)
+    documents = index.num_documents if pair.documents is None else pair.documents
+    if found != (dtype, pair.bin_bytes, documents):
+        raise UserError(
+            f"{file.path}: is of {found[1]} bytes of {found[0]} in {found[2]} documents, expected "
+            f"{pair.bin_bytes} of {dtype} in {documents}; copy or make the shards again"
+        )
+    return index
+
+
+def _max_open_files() -> int:
+    """So many that pairs are seldom opened again, and several corpora leave enough of what the system allows."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2048 if soft == resource.RLIM_INFINITY else max(16, min(2048, soft // 16))
