@@ -1,6 +1,7 @@
 """One YAML file -> one frozen, typed tree that describes a whole run.
 
-A new setting is one field with its doc under it; what must hold between settings is in `config_checks.py`.
+A new setting is one field with its doc under it; what must hold between settings is in
+`config_checks.py` and beside the data's own settings.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from llama_dist.config_data import DataConfig
 from llama_dist.config_layouts import (
     batch_problem,
     count_multiple,
@@ -21,31 +23,22 @@ from llama_dist.config_layouts import (
     start_text,
 )
 from llama_dist.config_problems import conflicts_within, find_problems, settings_of
+from llama_dist.config_section import (
+    Beta,
+    Count,
+    CountOrZero,
+    Flag,
+    Positive,
+    PositiveOrZero,
+    Ratio,
+    Section,
+    Seed,
+    Text,
+    UpToABillion,
+)
 from llama_dist.config_yaml import Document, dump_yaml, graft_, override_, read_document
 from llama_dist.errors import UserError
 from llama_dist.layout import Layout
-
-Count = Annotated[int, Field(strict=True, ge=1)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0)]
-UpToABillion = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
-Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Positive = Annotated[float, Field(strict=True, gt=0)]
-PositiveOrZero = Annotated[float, Field(strict=True, ge=0)]
-Ratio = Annotated[float, Field(strict=True, ge=0, le=1)]
-Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
-Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Frozen settings; unknown names, NaN and infinity are errors, and the text under a field is its help."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        )
 
 
 class RopeScaling(Section):
@@ -129,34 +122,6 @@ class ParallelConfig(Section):
     memory for the same communication. Does nothing with tp=1."""
     activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(strict=True, ge=2)] = "none"
     """What is recomputed in the backward: no layer, every layer, the attention only, or every N-th layer."""
-
-
-class Source(Section):
-    """One part of a mixture of training data."""
-
-    shards: Text
-    """Shard directory, as `llama-dist prepare` writes it."""
-    weight: Positive = 1.0
-    """Share of the samples that come from it, relative to the other sources."""
-
-
-class DataConfig(Section):
-    """What the model reads."""
-
-    tokenizer: Text
-    """Tokenizer file: a sentencepiece .model or a Hugging Face tokenizer.json."""
-    train: Annotated[list[Source], Field(min_length=1)]
-    """Shard directories to train on, with their weights."""
-    heldout: Text | None = None
-    """Shard directory for perplexity; null: none."""
-    seq_len: Count
-    """Tokens in a sequence."""
-    seed: Seed = 0
-    """Decides the order of the samples."""
-    document_mask: Flag = False
-    """Whether the documents that are packed into one sequence do not see each other."""
-    verify: Flag = True
-    """Whether each start reads all shards and checks their checksums; the ranks share the reading."""
 
 
 class OptimConfig(Section):

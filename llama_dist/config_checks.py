@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from llama_dist.config_data import DATA_CHECKS
 from llama_dist.config_layouts import LAYOUT_CHECKS, LAYOUT_SETTINGS, nearest_text
 from llama_dist.config_numbers import Check, choice, divisors, either_side
 
@@ -138,4 +139,5 @@ CHECKS: tuple[Check, ...] = (
     Check(("optim.decay_steps", "optim.schedule", "optim.warmup_steps", "train.steps"), _decay),
     Check(("data.seq_len", "model.max_position_embeddings"), _positions),
     Check(("eval.every", "eval.perplexity", "eval.choices", "data.heldout"), _something_to_evaluate),
+    *DATA_CHECKS,
 )

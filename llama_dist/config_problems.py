@@ -86,6 +86,8 @@ def allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     nonempty = "non-empty " * any(getattr(item, "min_length", None) for item in _constraints(metadata))
     if get_origin(annotation) is list:
         return f"a {nonempty}list of {allowed(arguments[0])}"
+    if get_origin(annotation) is dict:
+        return f"a {nonempty}mapping of {allowed(arguments[0])} to {allowed(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a mapping with {', '.join(annotation.model_fields)}"
     words = {
@@ -171,7 +173,7 @@ def _suggest(root: type[BaseModel], tree: type[BaseModel], keys: Keys) -> str:
         return f"write {last} inside {section}:"
     siblings = {f"{parent}.{field}" if parent else field for field in tree.model_fields}
     scores = {
-        path: difflib.SequenceMatcher(None, name.lower(), path.rpartition(".")[2]).ratio() + 0.1 * (path in siblings)
+        path: difflib.SequenceMatcher(None, name.lower(), path.rpartition(".")[2]).ratio() + 0.12 * (path in siblings)
         for path in [*siblings, *everywhere]
     }
     best = max(scores.values())

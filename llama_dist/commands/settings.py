@@ -44,7 +44,7 @@ def _matching(settings: list[Setting], name: str) -> list[Setting]:
 
 
 def _describe(setting: Setting) -> str:
-    if "mapping" in setting.allowed:
+    if "mapping with" in setting.allowed:
         return f"\n{setting.name}: {setting.doc}"
     state = setting.default if setting.default in ("required", "derived") else f"default {setting.default}"
     doc = textwrap.fill(setting.doc, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -394,6 +394,15 @@ def test_missing_settings_are_named_with_what_they_take(run_file: Path) -> None:
         ("data.train=[]", "data.train=[] is not allowed; it takes a non-empty list of a mapping with shards, weight"),
         ("data.train=shards/a", "data.train='shards/a' is not allowed"),
         ("data.train.0.weight=0", "data.train.0.weight=0 is not allowed; it takes a number > 0"),
+        ("data.train.0.epochs=0", "data.train.0.epochs=0 is not allowed; it takes a number > 0 or null"),
+        ("data.packing=best", "data.packing='best' is not allowed; it takes one of concat, best_fit"),
+        ("data.prefetch=-1", "data.prefetch=-1 is not allowed; it takes a whole number >= 0"),
+        ("data.curriculum=[{step: 0, weights: {shards/a: 1}}]", "data.curriculum.0.step=0 is not allowed"),
+        (
+            "data.curriculum=[{step: 1, weights: {}}]",
+            "data.curriculum.0.weights={} is not allowed; it takes a non-empty mapping of non-empty text to a number >= 0",
+        ),
+        ("data.curriculum=[{step: 1, weights: {shards/a: -1}}]", "data.curriculum.0.weights={'shards/a': -1} is not all"),
         ("data.tokenizer=''", "data.tokenizer='' is not allowed; it takes non-empty text"),
         ("name=a/b", "name='a/b' is not allowed; it takes text of letters, digits, '.', '_' and '-'"),
         ("name=7", "name=7 is not allowed"),
@@ -405,6 +414,47 @@ def test_missing_settings_are_named_with_what_they_take(run_file: Path) -> None:
 def test_a_wrong_value_is_shown_with_what_is_allowed(run_file: Path, setting: str, expected: str) -> None:
     (line,) = problems(run_file, setting)
     assert expected in line
+
+
+def test_sources_and_the_curriculum_go_by_name(run_file: Path) -> None:
+    assert [source.name for source in load_config(run_file).data.train] == ["shards/a", "shards/b"]
+    run = load_config(
+        run_file,
+        ["data.train.0.name=a", "data.train.1.epochs=2.5", "data.curriculum=[{step: 3, weights: {a: 1}}]"],
+    )
+    assert (run.data.train[0].name, run.data.train[1].epochs) == ("a", 2.5)
+    assert [(entry.step, entry.weights) for entry in run.data.curriculum] == [(3, {"a": 1.0})]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["data.train.0.name=shards/b"], "data.train: 2 sources (data.train.0, data.train.1) are called 'shards/b'"),
+        (
+            ["data.curriculum=[{step: 3, weights: {a: 1}}]"],
+            "data.curriculum.0.weights: data.train has no source 'a'; it has shards/a, shards/b",
+        ),
+        (
+            ["data.curriculum=[{step: 3, weights: {shards/a: 0}}]"],
+            "data.curriculum.0.weights are all 0; give at least one source a weight above 0",
+        ),
+        (
+            ["data.curriculum=[{step: 3, weights: {shards/a: 1}}, {step: 3, weights: {shards/b: 1}}]"],
+            "data.curriculum.1.step=3 does not come after data.curriculum.0.step=3; put the steps in rising order",
+        ),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_explained(run_file: Path, settings: list[str], expected: str) -> None:
+    (line,) = problems(run_file, *settings)
+    assert expected in line
+
+
+def test_the_same_shards_twice_need_names_only_for_a_curriculum(run_file: Path) -> None:
+    assert load_config(run_file, ["data.train.1.shards=shards/a"]).data.train[1].name == "shards/a"
+    (line,) = problems(
+        run_file, "data.train.1.shards=shards/a", "data.curriculum=[{step: 3, weights: {shards/a: 1}}]"
+    )
+    assert "are called 'shards/a'; give each a name of its own" in line
 
 
 def test_a_long_value_is_cut(run_file: Path) -> None:
@@ -528,18 +578,19 @@ def test_all_problems_are_reported_each_on_its_line(run_file: Path) -> None:
              "parallel.pp=4", "parallel.dp=4"],
             "parallel.schedule=interleaved needs micro-batches in a multiple of parallel.pp=4, and 2 sequences for each "
             "replica (train.global_batch=8 / dp=4) make none; use train.global_batch=16, or parallel.dp in {1, 2}, or "
-            "parallel.schedule=1f1b; layouts of 16 ranks that fit: dp=4 tp=2 pp=2 cp=1, dp=2 tp=2 pp=4 cp=1, "
+            "parallel.schedule=1f1b and virtual_stages=1; layouts of 16 ranks that fit: dp=4 tp=2 pp=2 cp=1, dp=2 tp=2 pp=4 cp=1, "
             "dp=4 tp=1 pp=2 cp=2",
         ),
         (
             ["parallel.stage_layers=[1, 2]", "parallel.pp=2"],
             "parallel.stage_layers=[1, 2] adds up to 3 layers, and model.num_hidden_layers=2; "
-            "make it 2, or null to split by cost",
+            "use for example stage_layers=[1, 1], or stage_layers=null to split by cost",
         ),
         (
             ["parallel.stage_layers=[2]", "parallel.pp=2"],
             "parallel.stage_layers=[2] has 1 entries for parallel.pp * parallel.virtual_stages = 2 * 1 = 2 chunks; "
-            "give 2, or null to split by cost",
+            "use for example stage_layers=[1, 1], or stage_layers=null to split by cost; "
+            "replicas that fit: tp=1 pp=1 cp=1, tp=2 pp=1 cp=1, tp=1 pp=1 cp=2",
         ),
         (["parallel.stage_layers=[0, 2]"], "parallel.stage_layers.0=0 is not allowed; it takes a whole number >= 1"),
         (["parallel.stage_layers=[]"], "parallel.stage_layers=[] is not allowed"),
@@ -724,8 +775,8 @@ def test_layouts_that_fit(
             32,
             "run small: parallel.schedule=interleaved needs micro-batches in a multiple of parallel.pp=4, and 3 "
             "sequences for each replica (train.global_batch=24 / dp=8) make none; use train.global_batch=32, or a world "
-            "size in {4, 8, 12, 24}, or parallel.schedule=1f1b; layouts of 32 ranks that fit: dp=2 tp=4 pp=4 cp=1, "
-            "dp=2 tp=1 pp=4 cp=4, dp=2 tp=2 pp=4 cp=2",
+            "size in {4, 8, 12, 24}, or parallel.schedule=1f1b and virtual_stages=1; layouts of 32 ranks that fit: "
+            "dp=2 tp=4 pp=4 cp=1, dp=2 tp=1 pp=4 cp=4, dp=2 tp=2 pp=4 cp=2",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from data_helpers import make_shards, small_tokenizer, text_of
 
-from llama_dist.config import DataConfig, Source
+from llama_dist.config_data import DataConfig, Source
 from llama_dist.data.loader import Batch, Loader, document_starts
 from llama_dist.data.order import sample_at
 from llama_dist.data.shards import Shards
