@@ -1,109 +1,83 @@
-"""Raw text -> documents: a .txt file is one, a .jsonl file has one a line."""
+"""Raw text -> documents, in whatever form it comes."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from llama_dist.data.inputs import Part, kind_of, list_inputs, of_no_kind, reader_of
+from llama_dist.data.opening import BUFFER, DamagedFile, open_raw
+from llama_dist.data.rows import MAX_DOCUMENT_BYTES, Document, Reading, Skipped, shortened
 from llama_dist.errors import UserError
 
-SUFFIXES = (".txt", ".jsonl")
-BOM = "\ufeff"
+__all__ = ["MAX_DOCUMENT_BYTES", "Document", "Reading", "Skipped", "read_documents", "read_part", "with_line"]
+
+AS_USUAL = Reading()
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text that stands by itself; `id` says where it came from."""
+def read_part(part: Part, reading: Reading = AS_USUAL) -> Iterator[Document | Skipped]:
+    """The documents of a part in their order, and in place of each that cannot be read what is wrong with it.
 
-    id: str
-    text: str
-
-
-def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
-    """The documents of .txt and .jsonl files (`{"text": ..., "id": optional}`), in order; empty ones are left out.
-
-    A folder stands for all such files in it, sorted by path. A byte order mark is dropped, and in .txt a CRLF is read
-    as a newline. Every path is looked at before the first document comes. Raises UserError with file and line for a
-    missing file, another suffix, invalid UTF-8, broken JSON or a line without text, and at the end if nothing came.
+    A byte order mark at the beginning of a file is dropped, and in .txt a CRLF is read as a newline. Blank lines of
+    .jsonl are no documents. What is in memory is a few times a document, or the unit of the format: a page of a
+    .parquet column, a record batch of an .arrow file. A file that ends too early is read as far as it goes, and then a
+    Skipped of kind "file" comes. Raises UserError for a file that is not there or that the disk or the network does not
+    give, and for a table without the columns that `reading` names.
     """
-    files = list_files(paths)
+    kind = kind_of(part.path)
+    if kind is None:
+        raise UserError(of_no_kind(part.path))
+    came = False
+    try:
+        for item in reader_of(kind).read(part, reading):
+            came = True
+            yield item
+    except DamagedFile as error:
+        reason = f"the file is damaged ({shortened(str(error))}); fetch it again"
+        if came:  # only possible for a URL: the text that came already may be wrong
+            raise UserError(f"{part.path}: {reason}, or leave it out") from error
+        yield Skipped(part.path, reason, "file")
+    except OSError as error:
+        raise UserError(f"{part.path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_documents(paths: Iterable[str | Path], reading: Reading = AS_USUAL) -> Iterator[Document]:
+    """The documents of all that `paths` name (see `list_inputs`), in order; empty ones are left out.
+
+    Every path is looked at before the first document comes. Raises UserError at the first thing that cannot be read,
+    with file and line, and at the end if nothing came.
+    """
+    inputs = list_inputs(list(paths))
     found = False
-    for file in files:
-        for document in _read_txt(file) if file.suffix == ".txt" else _read_jsonl(file):
-            if document.text:
+    for item in inputs:
+        for document in read_part(Part(item.path), reading):
+            if isinstance(document, Document):
                 found = True
                 yield document
+            elif document.kind != "empty":
+                raise UserError(str(document))
     if not found:
-        names = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
-        raise UserError(f"{names}: no documents with text; give at least one non-empty {' or '.join(SUFFIXES)} file")
+        names = ", ".join(item.path for item in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
+        raise UserError(f"{names}: no documents with text; give at least one file that has some")
 
 
 def list_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files behind `paths`, with folders opened. Raises UserError for what cannot be an input."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-            if not inside:
-                raise UserError(f"{path}: no {' or '.join(SUFFIXES)} file in this folder; give one that has some")
-            files += inside
-        elif not path.is_file():
-            raise UserError(f"{path}: there is no such file; give the path of a {' or '.join(SUFFIXES)} file")
-        elif path.suffix not in SUFFIXES:
-            raise UserError(
-                f"{path}: is not a kind of file that is read here; allowed are {', '.join(SUFFIXES)}; "
-                "rename plain text to .txt, or write other formats as .jsonl"
-            )
-        else:
-            files.append(path)
-    if not files:
-        raise UserError(f"inputs: there are none; give at least one {' or '.join(SUFFIXES)} file")
-    return files
+    """The files on this machine behind `paths`, with folders opened."""
+    return [Path(item.path) for item in list_inputs(list(paths))]
 
 
-def _read_txt(file: Path) -> Iterator[Document]:
-    yield Document(str(file), _decode(file.read_bytes(), file, line=1, offset=0).replace("\r\n", "\n"))
-
-
-def _read_jsonl(file: Path) -> Iterator[Document]:
-    offset = 0
-    with file.open("rb") as lines:
-        for number, content in enumerate(lines, start=1):
-            line = _decode(content, file, line=number, offset=offset)
-            if line.strip():
-                yield _parse(line, f"{file}:{number}")
-            offset += len(content)
-
-
-def _decode(content: bytes, file: Path, *, line: int, offset: int) -> str:
-    """`content` begins on line `line` of `file`, at byte `offset`; a byte order mark at the very beginning goes."""
+def with_line(where: str) -> str:
+    """"file@byte" of a Skipped or of an id as "file:line"; all else as it is. Reads the file up to there."""
+    found = re.fullmatch(r"(.+)@(\d+)", where, re.DOTALL)
+    if found is None or kind_of(found[1]) not in ("txt", "jsonl"):
+        return where
+    path, rest, lines = found[1], int(found[2]), 1
     try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line += content.count(b"\n", 0, error.start)
-        raise UserError(
-            f"{file}:{line}: byte {offset + error.start} of the file (0x{content[error.start]:02x}) is not UTF-8; "
-            "only UTF-8 is read; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
-        ) from error
-    return text.removeprefix(BOM) if offset == 0 else text
-
-
-def _parse(line: str, where: str) -> Document:
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{where}: not valid JSON ({error}); each line must be {{"text": "..."}}') from error
-    text = item.get("text") if isinstance(item, dict) else None
-    if not isinstance(text, str):
-        found = f"keys {', '.join(map(repr, item)) or 'none'}" if isinstance(item, dict) else type(item).__name__
-        raise UserError(f'{where}: no string "text" (found: {found}); each line must be {{"text": "..."}}')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: character {error.start} of the text is half a surrogate pair ({text[error.start]!r}), "
-            "which is not text; write the whole character"
-        ) from error
-    return Document(str(item.get("id", where)), text)
+        with open_raw(path, sequential=True) as file:
+            while rest and (block := file.read1(min(rest, BUFFER))):
+                lines += block.count(b"\n")
+                rest -= len(block)
+    except (OSError, UserError):  # the file is gone: it was there when it was read
+        return where
+    return f"{path}:{lines}"

@@ -17,8 +17,8 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def test_txt_is_one_document_without_bom_and_with_newlines(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.txt", "\ufeffone\r\ntwo\0é\n\rthree".encode())
-    assert list(read_documents([file])) == [Document(str(file), "one\ntwo\0é\n\rthree")]
+    file = write(tmp_path / "a.txt", "\ufeffone\r\ntwo é\n\rthree".encode())
+    assert list(read_documents([file])) == [Document(str(file), "one\ntwo é\n\rthree")]
 
 
 def test_a_gigantic_line_is_a_document(tmp_path: Path) -> None:
@@ -52,7 +52,8 @@ BAD = {
     "half.jsonl": (b'{"text": "ab\\ud83d"}', r"half.jsonl:1: character 2 of the text is half a surrogate"),
     "empty.txt": (b"", r"empty.txt: no documents with text"),
     "blank.jsonl": (b'\n{"text": ""}\n', r"blank.jsonl: no documents with text"),
-    "data.parquet": (b"PAR1", r"data.parquet: is not a kind of file that is read here; allowed are .txt, .jsonl"),
+    "nul.txt": (b"a\0b\0", r"nul.txt: character 1 of the text is NUL"),
+    "data.bin": (b"PAR1", r"data.bin: is not a kind of file that is read here; allowed are .txt, .jsonl"),
 }
 
 
@@ -68,7 +69,7 @@ def test_missing_inputs_are_named_before_anything_is_read(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="absent.txt: there is no such file"):
         next(read_documents([good, tmp_path / "absent.txt"]))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="no .txt or .jsonl file in this folder"):
+    with pytest.raises(UserError, match="folder: no file in this folder is of the kinds .txt, "):
         next(read_documents([good, tmp_path / "folder"]))
     with pytest.raises(UserError, match="inputs: there are none"):
         next(read_documents([]))

@@ -1,0 +1,169 @@
+"""Text line by line: .txt and .jsonl, whole or any stretch of bytes of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from llama_dist.data.inputs import Part, kind_of
+from llama_dist.data.opening import BUFFER, TruncatedFile, open_input
+from llama_dist.data.rows import Document, Reading, Skipped, checked, decoded, make_document, not_utf8, shortened, too_long
+
+BOM = b"\xef\xbb\xbf"
+
+
+class Line(NamedTuple):
+    """A line with its end, or why it could not be read; `offset` is the content's first byte in the file."""
+
+    where: str
+    offset: int
+    content: bytes | Skipped
+
+
+def read(part: Part, reading: Reading) -> Iterator[Document | Skipped]:
+    jsonl = kind_of(part.path) == "jsonl"
+    if not jsonl and reading.txt == "file" and part.start:
+        return  # the document begins in the first part
+    with open_input(part.path, sequential=part.start == 0) as file:
+        if jsonl:
+            yield from read_jsonl(file, part, reading)
+        elif reading.txt == "file":
+            yield _whole(file, part, reading)
+        elif reading.txt == "line":
+            yield from _each_line(file, part, reading)
+        else:
+            yield from _paragraphs(file, part, reading)
+
+
+def read_jsonl(file: io.BufferedReader, part: Part, reading: Reading) -> Iterator[Document | Skipped]:
+    for where, offset, line in lines_of(file, part, reading, stop=part.stop):
+        if isinstance(line, Skipped):
+            yield line
+            continue
+        text = decoded(line, where, offset=offset)
+        if isinstance(text, Skipped):
+            yield text
+        elif text and not text.isspace():
+            yield _parse(text, where, reading)
+
+
+def lines_of(file: io.BufferedReader, part: Part, reading: Reading, *, stop: int | None) -> Iterator[Line]:
+    """The lines that begin at part.start or later, and before `stop`.
+
+    Without the byte order mark; at most `max_document_bytes` and the newline are held of one. A file that ends too
+    early ends in a Line with the reason.
+    """
+    limit = reading.max_document_bytes
+    number, offset = 1, part.start
+    try:
+        if offset:
+            file.seek(offset - 1)  # the byte before may be the end of a line
+            offset += _pass_over(file, room=None if stop is None else stop - offset + 1) - 1
+        while (stop is None or offset < stop) and (line := file.readline(limit + 1)):
+            where, begin = _where(part, number, offset), offset
+            offset += len(line)
+            if len(line) > limit and not line.endswith(b"\n"):
+                offset += _pass_over(file)
+                yield Line(where, begin, too_long(where, reading))
+            else:
+                mark = len(BOM) if begin == 0 and line.startswith(BOM) else 0
+                yield Line(where, begin + mark, line[mark:] if mark else line)
+            number += 1
+    except TruncatedFile as error:
+        where = _where(part, number, offset)
+        yield Line(where, offset, cut_short(where, error))
+
+
+def cut_short(where: str, error: Exception) -> Skipped:
+    return Skipped(where, f"{shortened(str(error))}; from here on nothing of the file can be read", "file")
+
+
+def _where(part: Part, number: int, offset: int) -> str:
+    """The line, where it is known: to count those before a part would be to read all of the file before it."""
+    return f"{part.path}@{offset}" if part.start else f"{part.path}:{number}"
+
+
+def _pass_over(file: io.BufferedReader, room: int | None = None) -> int:
+    """Read to the end of a line, or `room` bytes of it; returns how many bytes that were."""
+    passed = 0
+    while (room is None or passed < room) and (piece := file.readline(BUFFER)):
+        passed += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return passed
+
+
+def _parse(line: str, where: str, reading: Reading) -> Document | Skipped:
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Skipped(where, f'not valid JSON ({shortened(str(error))}); each line must be {{"text": "..."}}', "json")
+    if not isinstance(item, dict):
+        return Skipped(where, f'no string "{reading.columns[0]}" (found: {type(item).__name__})', "column")
+    return make_document(item, where, reading, halves="\\ud" in line or "\\uD" in line)
+
+
+def _whole(file: io.BufferedReader, part: Part, reading: Reading) -> Document | Skipped:
+    content = bytearray()
+    try:
+        while block := file.read1(BUFFER):
+            content += block
+            if len(content) > reading.max_document_bytes:
+                skipped = too_long(part.path, reading)
+                return Skipped(skipped.where, skipped.reason + ", or read it line by line or by paragraphs", skipped.kind)
+    except TruncatedFile as error:
+        return cut_short(part.path, error)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return not_utf8(content, error, f"{part.path}:{line}", offset=0)
+    return checked(part.path, text.removeprefix("\ufeff").replace("\r\n", "\n"), part.path, reading)
+
+
+def _each_line(file: io.BufferedReader, part: Part, reading: Reading) -> Iterator[Document | Skipped]:
+    for where, offset, line in lines_of(file, part, reading, stop=part.stop):
+        if isinstance(line, Skipped):
+            yield line
+        elif line.strip():
+            yield _text(line, where, offset, reading)
+
+
+def _paragraphs(file: io.BufferedReader, part: Part, reading: Reading) -> Iterator[Document | Skipped]:
+    """Runs of lines that are not blank. One that began before this part did is not its own."""
+    own = part.start == 0
+    where, offset, size = "", 0, 0
+    lines: list[bytes] = []
+    wrong: Skipped | None = None
+    for place, begin, content in lines_of(file, part, reading, stop=None):
+        if isinstance(content, Skipped) and content.kind == "file":
+            yield content  # a paragraph that ends too early is lost with what follows
+            return
+        blank = isinstance(content, bytes) and not content.strip()
+        beyond = part.stop is not None and begin >= part.stop
+        if blank or (beyond and not own):
+            if size:
+                yield wrong or _text(b"".join(lines), where, offset, reading)
+            if beyond:
+                return
+            own, size, lines, wrong = True, 0, [], None
+        elif own:
+            if not size:
+                where, offset = place, begin
+            size += len(content) if isinstance(content, bytes) else reading.max_document_bytes + 1
+            if isinstance(content, Skipped) or size > reading.max_document_bytes:
+                lines, wrong = [], too_long(where, reading)
+            else:
+                lines.append(content)
+    if size:
+        yield wrong or _text(b"".join(lines), where, offset, reading)
+
+
+def _text(content: bytes, where: str, offset: int, reading: Reading) -> Document | Skipped:
+    """A line or a paragraph: without the end of its last line, and with \\n for every other."""
+    text = decoded(content, where, offset=offset)
+    if isinstance(text, Skipped):
+        return text
+    return checked(where, text.replace("\r\n", "\n").removesuffix("\n"), where, reading)
