@@ -6,6 +6,7 @@ A shard directory holds pairs 00000.bin/.idx, 00001.bin/.idx, ...; their tokens 
 from __future__ import annotations
 
 import resource
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
@@ -95,8 +96,8 @@ class Shards:
             self.dtype = np.dtype(self.manifest.dtype)
             self._pairs = _pairs_of(self.manifest, where=str(self.path))
         tokens = [pair.bin_bytes // self.dtype.itemsize for pair in self._pairs]
-        self._token_starts = np.array([0, *accumulate(tokens)], dtype=np.int64)
-        self.num_tokens = int(self._token_starts[-1])
+        self._token_starts = [0, *accumulate(tokens)]
+        self.num_tokens = self._token_starts[-1]
         self.num_documents = self.manifest.documents if self.manifest else int(self._pairs[0].documents or 0)
         self._open = lru_cache(maxsize=_max_open_files())(self._storage.open)
         self._open_index = lru_cache(maxsize=MAX_OPEN_INDEXES)(partial(_open_index, self._storage, self.dtype))
@@ -114,27 +115,25 @@ class Shards:
 
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """`length` tokens from each of `starts`, in this order: (len(starts), length) in the stored dtype."""
-        starts = np.asarray(starts, dtype=np.int64)
         found = np.empty((len(starts), length), dtype=self.dtype)
         if not found.size:
             return found
-        assert starts.min() >= 0 and starts.max() + length <= self.num_tokens, (
-            f"{length} tokens from {starts.min()} to {starts.max()} of {self.num_tokens}"
-        )
-        buffer, row_bytes = memoryview(found).cast("B"), length * self.dtype.itemsize
-        pairs = self._pair_at(starts)
-        inside = (starts + length <= self._token_starts[pairs + 1]).tolist()
-        offsets = ((starts - self._token_starts[pairs]) * self.dtype.itemsize).tolist()
-        numbers = pairs.tolist()
-        opened, file = -1, None
-        for i in np.argsort(pairs, kind="stable").tolist():  # pair by pair: each is opened once at most
-            row = buffer[i * row_bytes : (i + 1) * row_bytes]
-            if not inside[i]:
-                self._read_into(row, int(starts[i]))
-                continue
-            if file is None or numbers[i] != opened:
-                opened, file = numbers[i], self._bin(numbers[i])
-            file.read_into(row, offsets[i])
+        tokens = np.asarray(starts).tolist()
+        order = sorted(range(len(tokens)), key=tokens.__getitem__)  # pair by pair: each is opened once at most
+        first, last = tokens[order[0]], tokens[order[-1]]
+        assert 0 <= first and last + length <= self.num_tokens, f"rows {first} to {last + length} of {self.num_tokens}"
+        buffer, itemsize, row_bytes = memoryview(found).cast("B"), self.dtype.itemsize, length * self.dtype.itemsize
+        begin = end = 0
+        for i in order:
+            row, token = buffer[i * row_bytes : (i + 1) * row_bytes], tokens[i]
+            if token >= end:
+                pair = self._pair_at(token)
+                begin, end = self._token_starts[pair : pair + 2]
+                read_into = self._bin(pair).read_into
+            if token + length <= end:
+                read_into(row, (token - begin) * itemsize)
+            else:
+                self._read_into(row, token)
         return found
 
     def prefetch(self, starts: np.ndarray, length: int) -> None:
@@ -142,10 +141,9 @@ class Shards:
         itemsize = self.dtype.itemsize
         for start in np.asarray(starts).tolist():
             try:
-                pair = int(self._pair_at(start))
-                offset = (start - int(self._token_starts[pair])) * itemsize
-                self._bin(pair).prefetch(offset, length * itemsize)
-            except (UserError, IndexError):  # who reads it will say so
+                pair = self._pair_at(start)
+                self._bin(pair).prefetch((start - self._token_starts[pair]) * itemsize, length * itemsize)
+            except (UserError, IndexError):  # whoever reads it will be told
                 return
 
     def document(self, i: int) -> np.ndarray:
@@ -155,19 +153,18 @@ class Shards:
     def document_span(self, i: int) -> tuple[int, int]:
         """The tokens [start, stop) of the whole sequence that document `i` is."""
         assert 0 <= i < self.num_documents, f"document {i} of {self.num_documents}"
-        pair = int(np.searchsorted(self._document_starts, i, side="right")) - 1
-        start, stop = self._index(pair).span(i - int(self._document_starts[pair]))
-        offset = int(self._token_starts[pair])
+        pair = bisect_right(self._document_starts, i) - 1
+        start, stop = self._index(pair).span(i - self._document_starts[pair])
+        offset = self._token_starts[pair]
         return offset + start, offset + stop
 
     def document_at(self, token: int) -> tuple[int, int]:
         """The document that a token is of, and its first token."""
         assert 0 <= token < self.num_tokens, f"token {token} of {self.num_tokens}"
-        pair = int(self._pair_at(token))
-        offset = int(self._token_starts[pair])
-        index = self._index(pair)
+        pair = self._pair_at(token)
+        offset, index = self._token_starts[pair], self._index(pair)
         document = index.document_at(token - offset)
-        return int(self._document_starts[pair]) + document, offset + index.span(document)[0]
+        return self._document_starts[pair] + document, offset + index.span(document)[0]
 
     def document_lengths(self) -> np.ndarray:
         """The number of tokens of every document: int64 (num_documents,)."""
@@ -176,7 +173,7 @@ class Shards:
 
     def pair_of(self, token: int) -> str:
         """The .bin file that holds a token, for messages."""
-        return f"{self._storage.path}/{self._pairs[int(self._pair_at(token))].name}.bin"
+        return f"{self._storage.path}/{self._pairs[self._pair_at(token)].name}.bin"
 
     def check_sizes(self) -> None:
         """Raise UserError where a file is missing or not of the size in the manifest, without reading any."""
@@ -192,18 +189,17 @@ class Shards:
             digest.update(self.tokens(start, min(start + 4096, self.num_tokens)).tobytes())
         return {"sampled": digest.hexdigest()}
 
-    def _pair_at(self, tokens: np.ndarray | int) -> np.ndarray:
-        """The pairs that hold tokens; those without any hold none."""
-        return np.searchsorted(self._token_starts, tokens, side="right") - 1
+    def _pair_at(self, token: int) -> int:
+        return bisect_right(self._token_starts, token) - 1
 
     def _read_into(self, buffer: memoryview, start: int) -> None:
         """Fill the buffer with tokens from `start` on, from as many pairs as it takes."""
         itemsize, done = self.dtype.itemsize, 0
         while done < len(buffer):
             token = start + done // itemsize
-            pair = int(self._pair_at(token))
-            count = min(len(buffer) - done, (int(self._token_starts[pair + 1]) - token) * itemsize)
-            offset = (token - int(self._token_starts[pair])) * itemsize
+            pair = self._pair_at(token)
+            count = min(len(buffer) - done, (self._token_starts[pair + 1] - token) * itemsize)
+            offset = (token - self._token_starts[pair]) * itemsize
             self._bin(pair).read_into(buffer[done : done + count], offset)
             done += count
 
@@ -214,7 +210,7 @@ class Shards:
         return self._open_index(self._pairs[i])
 
     @cached_property
-    def _document_starts(self) -> np.ndarray:
+    def _document_starts(self) -> list[int]:
         """The first document of each pair, and their number; from the headers where the manifest does not say."""
         counts = [
             self._index(i).num_documents if pair.documents is None else pair.documents
@@ -222,7 +218,7 @@ class Shards:
         ]
         if sum(counts) != self.num_documents:
             raise self._miscounted(sum(counts))
-        return np.array([0, *accumulate(counts)], dtype=np.int64)
+        return [0, *accumulate(counts)]
 
     def _miscounted(self, documents: int) -> UserError:
         assert self.manifest is not None, "a bare pair is what its index says"

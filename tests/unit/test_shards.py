@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import struct
+from itertools import pairwise
 from math import log
 from pathlib import Path
 
@@ -71,11 +72,23 @@ def test_tokens_are_one_sequence_over_all_pairs(tmp_path: Path, pair_tokens: int
     assert shards.tokens(0, shards.num_tokens).tolist() == whole
     assert [shards.document(i).tolist() for i in range(12)] == documents
     assert shards.document_lengths().tolist() == [len(d) for d in documents]
-    for start in range(0, len(whole), 7):
-        for length in (0, 1, 50, 400):
-            stop = min(start + length, len(whole))
-            assert shards.tokens(start, stop).tolist() == whole[start:stop]
+    for length in (0, 1, 50, 400):
+        starts = np.random.default_rng(length).permutation(len(whole) - length)[:100]
+        expected = [whole[start : start + length] for start in starts]
+        assert [shards.tokens(start, start + length).tolist() for start in starts] == expected
+        shards.prefetch(starts, length)
+        rows = shards.rows(starts, length)
+        assert (rows.tolist(), rows.dtype, rows.shape) == (expected, np.uint16, (100, length))
     assert shards.tokens(len(whole), len(whole)).size == 0
+    assert shards.rows(np.array([], dtype=np.int64), 5).shape == (0, 5)
+    with pytest.raises(AssertionError, match="rows 0 to"):
+        shards.rows(np.array([0, len(whole) - 4]), 5)
+    begins = np.cumsum([0, *map(len, documents)]).tolist()
+    assert [shards.document_span(i) for i in range(12)] == list(pairwise(begins))
+    found = [shards.document_at(token) for token in range(len(whole))]
+    assert found == [(i, begins[i]) for i in range(12) for _ in documents[i]]
+    names = [shards.pair_of(begins[i]) for i in range(12)]
+    assert names == sorted(names) and len(set(names)) == pairs and names[0] == f"{path}/00000.bin"
 
 
 def test_the_manifest_counts(shards: Path) -> None:
@@ -105,17 +118,18 @@ def test_a_flipped_bit_is_named_by_verify(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["00000.bin", "00000.idx"])
-def test_a_wrong_size_is_named_at_once(shards: Path, name: str) -> None:
+def test_a_wrong_size_is_named_at_first_use(shards: Path, name: str) -> None:
     content = (shards / name).read_bytes()
     size = len(content)
     for changed, message in ((content[:-1], f"cut short: {size - 1} bytes, expected {size}"),
                              (content + b"x", f"too long: {size + 1} bytes, expected {size}")):  # fmt: skip
         (shards / name).write_bytes(changed)
-        with pytest.raises(UserError, match=f"{name}: is {message}"):
-            Shards(shards)
+        for use in (Shards.check_sizes, lambda opened: opened.document(0)):
+            with pytest.raises(UserError, match=f"{name}: is {message}"):
+                use(Shards(shards))
     (shards / name).unlink()
     with pytest.raises(UserError, match=f"{name}: is missing"):
-        Shards(shards)
+        Shards(shards).document(0)
 
 
 def damaged(index: bytes) -> dict[str, tuple[bytes, str]]:
@@ -164,6 +178,7 @@ def test_a_bad_manifest_is_named(shards: Path, tmp_path: Path) -> None:
 
 def test_a_file_cut_while_open_is_an_error_and_not_a_crash(shards: Path) -> None:
     opened = Shards(shards)
+    opened.tokens(0, 1)
     with (shards / "00000.bin").open("r+b") as file:
         file.truncate(100)
     with pytest.raises(UserError, match="00000.bin: ended at byte 100"):
