@@ -127,7 +127,7 @@ def _finished(out: Path, wanted: Manifest) -> Manifest:
         raise UserError(f"{out}: holds shards of another tokenizer ({found.tokenizer['file']}); {advice}")
     if _contents(found.inputs) != _contents(wanted.inputs):
         raise UserError(f"{out}: holds shards of other inputs (made by `{found.command}`); {advice}")
-    Shards(out)
+    Shards(out).check_sizes()
     return found
 
 
