@@ -20,7 +20,8 @@ from llama_dist.pipeline.transport import Message, Transport
 class Microbatch:
     """What a rank computes on: its positions [start, start + length) of some sequences.
 
-    `tokens` (batch, length) int64; `targets` the same, or None where logits are wanted.
+    `tokens` (batch, length) int64; `targets` the same, or None where logits are wanted. `counted` bool (batch, length):
+    which targets count in the loss; None: all.
     """
 
     tokens: Tensor
@@ -28,6 +29,7 @@ class Microbatch:
     start: int = 0
     documents: Documents | None = None
     cache: Cache | None = None
+    counted: Tensor | None = None
 
 
 class Execution:
@@ -44,9 +46,11 @@ class Execution:
         microbatches: Sequence[Microbatch],
         *,
         num_chunks: int,
-        loss_weight: float | None = None,
+        loss_weight: float | Tensor | None = None,
     ) -> None:
-        """`loss_weight`: what each token's loss counts in the gradient; None: no backward, outputs are kept."""
+        """`loss_weight`: what the loss of a token that counts is worth in the gradient, a tensor () on the device where
+        micro-batches say what counts; None: no backward, outputs are kept.
+        """
         self._engine = engine
         self._transport = transport
         self._microbatches = microbatches
@@ -120,8 +124,14 @@ class Execution:
         _, number, chunk = action
         x, root = self._open.pop((number, chunk))
         if chunk == self._last_chunk:
-            return x, root, torch.full_like(self.outputs[number], self._loss_weight)
+            return x, root, self._loss_gradient(number)
         return x, root, _arrived(self._gradients.pop((number, chunk)))
+
+    def _loss_gradient(self, number: int) -> Tensor:
+        counted = self._microbatches[number].counted
+        if counted is None:
+            return torch.full_like(self.outputs[number], self._loss_weight)
+        return counted * self._loss_weight
 
     def _keep_gradient(self, action: Action, x: Tensor) -> None:
         if action.chunk > 0:

@@ -69,19 +69,21 @@ class PipelineRunner:
         """Accumulate the gradients of one step.
 
         `batches`: this replica's micro-batches, tokens (micro_batch, seq_len + 1) int64 each. The loss of the step is
-        the mean over the target tokens of all replicas, so that gradients do not depend on how the batch is cut.
+        the mean over the target tokens of all replicas that count, so that gradients do not depend on how the batch is
+        cut; where none counts, loss and gradients are 0.
         Returns this rank's part of that loss, a float32 scalar on the device: summed over ranks it is the loss.
         """
         layout = self.runtime.layout
-        num_targets = sum(batch.tokens[:, 1:].numel() for batch in batches) * layout.dp
         microbatches = [self._part(batch) for batch in batches]
+        num_targets = self._num_targets(microbatches)
         self.engine.start_step()
         # DeepSpeed averages gradients over the ranks that hold the same parameters; times their number makes it a sum.
         outputs = self._execute(self.schedule, microbatches, loss_weight=layout.dp * layout.cp / num_targets)
         loss = torch.zeros((), dtype=torch.float32, device=self.runtime.device)
         if self.runtime.coord.tp == 0:  # all ranks of a tensor-parallel group know the same losses
-            for losses in outputs:
-                loss += losses.sum()
+            for losses, microbatch in zip(outputs, microbatches, strict=False):  # only the last stage has losses
+                counted = microbatch.counted
+                loss += (losses if counted is None else losses.masked_fill(~counted, 0)).sum()
         return loss / num_targets
 
     def forward_only(self, tokens: Tensor) -> Tensor:
@@ -117,20 +119,38 @@ class PipelineRunner:
         last = [gather_logits(output[:, -1:], tp).float().squeeze(1) for output in outputs]
         return self._from_last(last, (len(tokens), self.config.vocab_size))
 
+    def _num_targets(self, microbatches: Sequence[Microbatch]) -> int | Tensor:
+        """How many targets of the step count, over all replicas, and at least 1.
+
+        Where masks say what counts, the ranks that hold the same part of the model add up what each sees of the step:
+        one number, that never leaves the device. Without masks every rank knows it.
+        """
+        layout = self.runtime.layout
+        if all(microbatch.counted is None for microbatch in microbatches):
+            return sum(microbatch.targets.numel() for microbatch in microbatches) * layout.dp * layout.cp
+        assert all(microbatch.counted is not None for microbatch in microbatches), "some micro-batches have no mask"
+        total = torch.stack([microbatch.counted.sum() for microbatch in microbatches]).sum()
+        dist.all_reduce(total, group=self.runtime.groups.dp)
+        return total.clamp_(min=1)
+
     def _part(self, batch: Batch) -> Microbatch:
         """This rank's positions of a batch: one contiguous part of every sequence for each rank of `cp`."""
         tokens = batch.tokens.to(self.runtime.device)
         length = (tokens.shape[1] - 1) // self.runtime.layout.cp
         start = self.runtime.coord.cp * length
+        counted = batch.counted
+        if counted is not None:
+            counted = counted[:, start : start + length].to(self.runtime.device)
         return Microbatch(
             tokens[:, start : start + length],
             tokens[:, start + 1 : start + length + 1],
             start=start,
             documents=batch.documents,
+            counted=counted,
         )
 
     def _execute(
-        self, schedule: str, microbatches: Sequence[Microbatch], *, loss_weight: float | None = None
+        self, schedule: str, microbatches: Sequence[Microbatch], *, loss_weight: float | Tensor | None = None
     ) -> list[Tensor]:
         """The last chunk's outputs in the order of the micro-batches; none on other ranks."""
         coord, layout = self.runtime.coord, self.runtime.layout

@@ -4,9 +4,10 @@
     python tests/dist/fuzz.py --case NAME             one case again, by the name that a failure was reported under
 
 Odd sizes on up to eight ranks: axes of three, vocabularies and widths that are no powers of two, one to seven
-micro-batches, odd sequence lengths, uneven stages, several virtual stages, documents. Three AdamW steps in float32 must
-be those of one plain process, within the limits of `parity.py`. Between them come settings that do not fit, which
-config or `fit_layout` must refuse, and their neighbours that do. Case i of seed s is always the same.
+micro-batches, odd sequence lengths, uneven stages, several virtual stages, documents, targets that do not count. Three
+AdamW steps in float32 must be those of one plain process, within the limits of `parity.py`. Between them come settings
+that do not fit, which config or `fit_layout` must refuse, and their neighbours that do. Case i of seed s is always the
+same.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def draw(seed: int, index: int) -> Case:
         vocab=tp * chosen.randint(11, 50),
         tied=chosen.random() < 0.4,
         grad_clip=chosen.choice((0.0, 0.3, 50.0)),
+        masked=chosen.random() < 0.3,
     )
 
 

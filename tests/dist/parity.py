@@ -15,6 +15,7 @@ from small_runs import (
     State,
     assemble,
     coordinator_on_rank,
+    counted_at,
     documents_at,
     on_ranks,
     restore_on_rank,
@@ -40,6 +41,7 @@ LIMITS = {
     "moments": 1e-5,
     "log_probs": 1e-5,  # absolute, of every token that `forward_only` scores
 }
+IGNORED = -100  # stands for targets that do not count
 SCORED = (3, 12)  # sequences and tokens that `forward_only` is given: neither divides by two or four but for the tokens
 
 
@@ -90,6 +92,12 @@ def scored_tokens(case: Case) -> Tensor:
     return tokens_at(case, step=99)[:rows, : min(length, case.seq_len + 1)]
 
 
+def targets_at(case: Case, step: int) -> Tensor:
+    """(global_batch, seq_len) int64: the next tokens, IGNORED where they do not count."""
+    targets, counted = tokens_at(case, step)[:, 1:], counted_at(case, step)
+    return targets if counted is None else targets.masked_fill(~counted, IGNORED)
+
+
 def plain_training(case: Case, *, steps: int = TRAINED) -> Plain:
     """A loop that anybody would write in plain PyTorch: whole batch, autograd, clip_grad_norm_, AdamW."""
     run = case.run
@@ -100,9 +108,8 @@ def plain_training(case: Case, *, steps: int = TRAINED) -> Plain:
     optimizer = torch.optim.AdamW(groups, lr=run.optim.lr, betas=run.optim.betas, eps=run.optim.eps, foreach=False)
     first, curve, gradients = arrays_of(model), [], {}
     for step in range(steps):
-        tokens = tokens_at(case, step)
-        logits = model(tokens[:, :-1], documents=documents_at(case, step))
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        logits = model(tokens_at(case, step)[:, :-1], documents=documents_at(case, step))
+        loss = F.cross_entropy(logits.flatten(0, 1), targets_at(case, step).flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()
         gradients = gradients or {name: p.grad.numpy().copy() for name, p in model.named_parameters()}

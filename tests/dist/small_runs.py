@@ -58,6 +58,7 @@ class Case:
     global_batch: int = 8
     seq_len: int = 16
     document_mask: bool = False
+    masked: bool = False
     layers: int = 4
     heads: int = 8
     kv_heads: int = 2
@@ -171,6 +172,7 @@ WORDS: dict[str, tuple[str, Any]] = {
     "stepgather": ("gather", "step"),
     "bf16": ("precision", "bf16"),
     "documents": ("document_mask", True),
+    "masked": ("masked", True),
     "tied": ("tied", True),
 }
 
@@ -229,6 +231,24 @@ def documents_at(case: Case, step: int) -> Documents | None:
     return tuple(tuple(sorted(row)) for row in rows)
 
 
+def counted_at(case: Case, step: int) -> Tensor | None:
+    """Which targets count: bool (global_batch, seq_len); None without masks.
+
+    From row to row ever more of them. In step 1 the first half of the rows has none, so that whole replicas have none;
+    in step 2 the first half of the positions, so that ranks of the sequence have none.
+    """
+    if not case.masked:
+        return None
+    generator = torch.Generator().manual_seed(2000 + step)
+    share = torch.linspace(0.2, 1, case.global_batch)[:, None]
+    counted = torch.rand(case.global_batch, case.seq_len, generator=generator) < share
+    if step == 1:
+        counted[: case.global_batch // 2] = False
+    elif step == 2:
+        counted[:, : case.seq_len // 2] = False
+    return counted
+
+
 class SilentLog:
     """Stands in for the step log: keeps what is said."""
 
@@ -270,12 +290,12 @@ def restore_on_rank(coordinator: Coordinator) -> Position:
 
 def microbatches_on_rank(coordinator: Coordinator, case: Case, step: int) -> list[Batch]:
     """This replica's contiguous slice of the step's global batch, in micro-batches."""
-    tokens, documents = tokens_at(case, step), documents_at(case, step)
+    whole = (tokens_at(case, step), documents_at(case, step), counted_at(case, step))
     share = case.global_batch // case.dp
     first = coordinator.runtime.coord.dp * share
     starts = range(first, first + share, case.micro_batch)
     parts = [slice(start, start + case.micro_batch) for start in starts]
-    return [Batch(tokens[part], None if documents is None else documents[part]) for part in parts]
+    return [Batch(*(None if rows is None else rows[part] for rows in whole)) for part in parts]
 
 
 def steps_on_rank(coordinator: Coordinator, case: Case, position: Position, count: int) -> list[tuple[float, float]]:

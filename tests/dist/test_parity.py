@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
-from parity import compare, distance, plain, plain_training, train_on_rank
+from parity import compare, distance, plain, plain_training, train_and_compare, train_on_rank
 from small_runs import (
     Case,
     assemble,
@@ -32,6 +32,7 @@ def test_the_plain_loop_feels_what_is_compared() -> None:
     """Otherwise parity would show nothing: other heads are another curve, and another clipping other moments."""
     base = plain(Case())
     others = [Case(tied=True), Case(kv_heads=1), Case(kv_heads=8), Case(document_mask=True), Case(layers=5)]
+    others.append(Case(masked=True))
     for other in others:
         pairs = zip(base.curve, plain(other).curve, strict=True)
         assert any(abs(a - b) / a > 100 * SAME for (a, _), (b, _) in pairs), str(other)
@@ -114,6 +115,38 @@ def test_bfloat16_trains_on_float32_masters(case: Case) -> None:
     for name, arrays in assemble(case, [trained.state for trained in ranks]).items():
         rounded = torch.tensor(arrays["master"]).bfloat16().float().numpy()
         assert not np.array_equal(arrays["master"], rounded), name
+
+
+MASKED = [
+    Case(dp=2, zero=1, masked=True, micro_batch=2),
+    Case(dp=2, zero=3, masked=True, document_mask=True, gather="step"),
+    Case(tp=2, zero=2, masked=True, sequence_parallel=True),
+    Case(cp=2, zero=3, masked=True, document_mask=True, recompute="full"),
+    Case(pp=2, zero=3, masked=True, schedule="zb-h1", tied=True),
+    Case(dp=2, pp=2, zero=2, masked=True, schedule="gpipe", micro_batch=4),  # fewer micro-batches than stages
+    Case(pp=2, cp=2, zero=1, masked=True, schedule="interleaved", virtual_stages=2, micro_batch=2),
+]
+
+
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_what_does_not_count_is_left_out_wherever_it_is(case: Case) -> None:
+    """Also where all that a replica, a micro-batch or a rank of the sequence has does not count."""
+    found = train_and_compare(case)
+    assert not found.problems, "\n".join(found.problems)
+
+
+def empty_step_on_rank(case: Case) -> tuple[float, float, bool]:
+    coordinator = coordinator_on_rank(case)
+    restore_on_rank(coordinator)
+    batches = [replace(b, counted=torch.zeros_like(b.counted)) for b in microbatches_on_rank(coordinator, case, 0)]
+    loss = coordinator.runner.train_step(batches)
+    norm = coordinator.engine.apply_gradients(1e-3)
+    return float(loss), norm, all(np.isfinite(held.data).all() for held in state_on_rank(coordinator))
+
+
+@pytest.mark.parametrize("case", MASKED[1:6:2], ids=str)
+def test_a_step_in_which_nothing_counts_has_no_gradient(case: Case) -> None:
+    assert on_ranks(case, empty_step_on_rank) == [(0.0, 0.0, True)] * case.world
 
 
 def spoilt_step_on_rank(case: Case) -> tuple[float, bool]:
