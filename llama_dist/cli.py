@@ -16,6 +16,7 @@ COMMANDS = {
     "corpus": "gather real text that every machine already has, to try everything on",
     "tokenizer": "train a sentencepiece vocabulary",
     "prepare": "turn text into token shards",
+    "pack": "pack the documents of shards into samples, cutting few",
     "train": "pretrain, or go on with a run",
     "eval": "measure a checkpoint: perplexity and multiple choice",
     "generate": "let a checkpoint write",
