@@ -7,7 +7,8 @@ from pathlib import Path
 
 from llama_dist.data.describe import format_bytes
 from llama_dist.data.documents import read_documents
-from llama_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from llama_dist.data.tokenizer import load_tokenizer
+from llama_dist.data.vocabulary import train_tokenizer
 
 TRAIN_DESCRIPTION = """\
 Train a byte-pair vocabulary (sentencepiece, with the settings of LLaMA-2: byte fallback, split digits, unk 0, bos 1,

@@ -22,7 +22,7 @@ import pytest
 
 from llama_dist.checkpoint.store import list_committed, read_checkpoint, verify
 from llama_dist.data.prepare import prepare
-from llama_dist.data.tokenizer import train_tokenizer
+from llama_dist.data.vocabulary import train_tokenizer
 from llama_dist.train.metrics import read_metrics
 
 REPO = Path(__file__).resolve().parents[2]

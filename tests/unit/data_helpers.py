@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from llama_dist.data.prepare import prepare
-from llama_dist.data.tokenizer import train_tokenizer
+from llama_dist.data.vocabulary import train_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran over every hill to find some old red hat under one big tree".split()
 

@@ -22,7 +22,7 @@ from llama_dist.boxes import Box
 from llama_dist.checkpoint.pieces import Piece
 from llama_dist.checkpoint.store import Position, save_checkpoint
 from llama_dist.config import RunConfig, load_config
-from llama_dist.data.tokenizer import train_tokenizer
+from llama_dist.data.vocabulary import train_tokenizer
 from llama_dist.model.init import init_
 from llama_dist.model.llama import Llama
 

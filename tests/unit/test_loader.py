@@ -12,7 +12,8 @@ from llama_dist.config_data import DataConfig, Source
 from llama_dist.data.loader import Batch, Loader, document_starts
 from llama_dist.data.order import sample_at
 from llama_dist.data.shards import Shards
-from llama_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from llama_dist.data.tokenizer import load_tokenizer
+from llama_dist.data.vocabulary import train_tokenizer
 from llama_dist.errors import UserError
 
 SEQ_LEN = 16

@@ -16,7 +16,8 @@ from data_helpers import small_tokenizer, text_of, write_jsonl
 from llama_dist.data import prepare as module
 from llama_dist.data.prepare import prepare
 from llama_dist.data.shards import Shards, load_manifest, verify
-from llama_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from llama_dist.data.tokenizer import load_tokenizer
+from llama_dist.data.vocabulary import train_tokenizer
 from llama_dist.errors import UserError
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
+import tiktoken
 import tokenizers
 from data_helpers import small_tokenizer, text_of
 
-from llama_dist.data import tokenizer as module
-from llama_dist.data.tokenizer import fingerprint_of, load_tokenizer, sample_lines, train_tokenizer
+from llama_dist.data.byte_pairs import LLAMA3_PATTERN
+from llama_dist.data.tokenizer import fingerprint_of, load_tokenizer
+from llama_dist.data.vocabulary import sample_lines, train_tokenizer
 from llama_dist.errors import UserError
 
 TEXTS = {
@@ -39,7 +44,7 @@ def test_every_text_survives_a_small_trained_vocabulary(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-@pytest.mark.parametrize("file", ["llama2_32000/tokenizer.model", "gpt2_tokenizer.json"])
+@pytest.mark.parametrize("file", ["llama2_32000/tokenizer.model", "gpt2_tokenizer.json", "small/torchtune_tiktoken_small.model"])
 def test_every_text_survives_the_published_tokenizers(shared_data: Path, file: str, text: str) -> None:
     tokenizer = load_tokenizer(shared_data / "tokenizers" / file)
     ids = tokenizer.encode(text)
@@ -52,35 +57,11 @@ def test_llama2_on_shakespeare(shared_data: Path) -> None:
     text = (shared_data / "corpora/tinyshakespeare.txt").read_text()
     tokenizer = load_tokenizer(file)
     ids = tokenizer.encode(text)
-    assert len(text) > 2 * module.CHUNK_CHARACTERS, "the text must be long enough to be cut"
     assert len(ids) == 368_633
     assert ids == sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(text)
     assert tokenizer.decode(ids) == text
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)
     assert tokenizer.fingerprint == hashlib.sha256(file.read_bytes()).hexdigest() == fingerprint_of(file)
-
-
-SENTENCEPIECE = ["tokenizers/llama2_32000/tokenizer.model", "tokenizers/small/torchtune_m.model",
-                 "checkpoints/stories260K/tok512.model"]  # fmt: skip
-
-
-@pytest.mark.parametrize("file", SENTENCEPIECE)
-def test_ids_in_chunks_equal_sentencepiece(shared_data: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 50)
-    tokenizer = load_tokenizer(shared_data / file)
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(shared_data / file))
-    draw = random.Random(0)
-    for corpus in ("wikitext2_valid.txt", "novels/Burnett_Garden_1911.txt", "tinystories_2MiB.txt"):
-        text = (shared_data / "corpora" / corpus).read_bytes()[:40_000].decode(errors="ignore")
-        assert tokenizer.encode(text) == reference.encode(text)
-    for _ in range(300):
-        text = "".join(draw.choices(" \n\n\tab\0é😀", k=draw.randint(51, 200)))
-        assert tokenizer.encode(text) == reference.encode(text), repr(text)
-
-
-def test_long_text_is_cut_only_where_lines_are_independent(shared_data: Path) -> None:
-    can_cut = [load_tokenizer(shared_data / file)._can_cut for file in SENTENCEPIECE]
-    assert can_cut == [True, False, True], "torchtune's makes a space of a newline; the others must not take memory"
 
 
 def test_hugging_face_ids_and_special_tokens(shared_data: Path) -> None:
@@ -97,6 +78,71 @@ def test_hugging_face_ids_and_special_tokens(shared_data: Path) -> None:
     assert stories.decode([1, *same.encode("Lily"), 2]).strip() == "Lily"
 
 
+KINDS = ("tokenizers/llama2_32000/tokenizer.model", "tokenizers/small/torchtune_m.model",
+         "tokenizers/gpt2_tokenizer.json", "tokenizers/small/torchtune_tiktoken_small.model")  # fmt: skip
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_a_batch_is_its_texts(shared_data: Path, file: str) -> None:
+    tokenizer = load_tokenizer(shared_data / file)
+    texts = ["", *TEXTS.values(), "", " x\n"]
+    each = [tokenizer.encode(text) for text in texts]
+    ids, lengths = tokenizer.encode_batch(texts)
+    assert (ids.dtype, lengths.dtype) == (np.int32, np.int64)
+    assert (ids.tolist(), lengths.tolist()) == (sum(each, []), [len(item) for item in each])
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids, lengths = tokenizer.encode_batch(texts, bos_eos=True)
+    assert ids.tolist() == [i for item in each for i in [*bos, *item, tokenizer.eos_id]]
+    assert lengths.tolist() == [len(bos) + len(item) + 1 for item in each]
+    assert [part.tolist() for part in tokenizer.encode_batch([])] == [[], []]
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_half_of_a_surrogate_pair_is_no_text(shared_data: Path, file: str) -> None:
+    tokenizer = load_tokenizer(shared_data / file)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
+        with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+            encode("a\ud83d b")
+
+
+def rank_line(rank: int) -> bytes:
+    return base64.b64encode(b"%08d" % rank) + b" %d\n" % rank
+
+
+def cut_as_meta_does(text: str, longest: int) -> Iterator[str]:
+    """`_split_whitespaces_or_nonwhitespaces` of llama_models/llama3/tokenizer.py, character by character."""
+    length, is_space, start = 0, text[0].isspace() if text else False, 0
+    for i, character in enumerate(text):
+        if is_space ^ character.isspace():
+            length, is_space = 1, character.isspace()
+        else:
+            length += 1
+            if length > longest:
+                yield text[start:i]
+                start, length = i, 1
+    yield text[start:]
+
+
+def test_tiktoken_ranks_give_the_ids_of_metas_reference(shared_data: Path) -> None:
+    file = shared_data / "tokenizers/small/torchtune_tiktoken_small.model"
+    tokenizer = load_tokenizer(file)
+    ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in file.read_bytes().splitlines()}
+    encoding = tiktoken.Encoding("reference", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+    def reference(text: str) -> list[int]:
+        chunks = (text[i : i + 400_000] for i in range(0, len(text), 400_000))
+        return [i for chunk in chunks for part in cut_as_meta_does(chunk, 25_000) for i in encoding.encode(part)]
+
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (2256, 2000, 2001)
+    draw = random.Random(0)
+    texts = [(shared_data / "corpora" / name).read_text()[:450_000] for name in ("tinyshakespeare.txt", "peps_slice.jsonl")]
+    texts += ["a" * 25_000, "a" * 60_000 + " b", " " * 25_001 + "x", "\u3000 \x85\x1c" * 20_000, "<|begin_of_text|>"]
+    texts += ["".join(draw.choices("ab 中\n", k=30_000)), "x" * 399_999 + " " + "y" * 25_001]
+    for text in texts:
+        assert tokenizer.encode(text) == reference(text), text[:20]
+        assert tokenizer.decode([2000, *tokenizer.encode(text), 2001]) == text
+
+
 def test_a_folder_stands_for_the_tokenizer_in_it(shared_data: Path, tmp_path: Path) -> None:
     assert load_tokenizer(shared_data / "tokenizers/llama2_32000").vocab_size == 32000
     with pytest.raises(UserError, match="no tokenizer in this folder"):
@@ -104,13 +150,20 @@ def test_a_folder_stands_for_the_tokenizer_in_it(shared_data: Path, tmp_path: Pa
 
 
 def test_what_is_no_tokenizer_is_named(shared_data: Path, tmp_path: Path) -> None:
-    small = shared_data / "tokenizers/small"
     nameless = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
     nameless.save(str(tmp_path / "nameless.json"))
     with pytest.raises(UserError, match="nameless.json: no token to end a document with"):
         load_tokenizer(tmp_path / "nameless.json")
-    with pytest.raises(UserError, match="torchtune_tiktoken_small.model: not a sentencepiece model"):
-        load_tokenizer(small / "torchtune_tiktoken_small.model")
+    ranks = (shared_data / "tokenizers/small/torchtune_tiktoken_small.model").read_bytes()
+    for name, content, message in (
+        ("cut.model", ranks[: ranks.index(b" 1999") + 1], r"cut.model:\d+: b'.*' is no line of tiktoken ranks"),
+        ("lacking.model", ranks.split(b"\n", 1)[1], "lacking.model: the ranks are not 0 to 1998, each once"),
+        ("twice.model", ranks.replace(b" 1999", b" 7"), "twice.model: the ranks are not 0 to 1999"),
+        ("llama4.model", ranks + b"".join(rank_line(i) for i in range(2000, 200_000)), "llama4.model: .* LLaMA-4"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_tokenizer(tmp_path / name)
     with pytest.raises(UserError, match="no such tokenizer file"):
         load_tokenizer(tmp_path / "absent.model")
     for name, content in (("bad.json", "{}"), ("bad2.json", "not json"), ("empty.model", "")):

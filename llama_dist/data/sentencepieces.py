@@ -1,0 +1,148 @@
+"""A sentencepiece model as a tokenizer; where its pieces do not cross words, words are looked up, not encoded again."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from llama_dist.data.encoded import as_bytes, joined, require_text
+from llama_dist.errors import UserError
+
+SPACE = "\u2581"
+"""How sentencepiece spells a space within pieces. In a text it is taken for a space."""
+INNER_SPACE = "\x1f"
+"""Stands for a space at which a text is not cut; a text that holds this character itself is encoded without the cache."""
+MAX_WORDS = 1 << 18
+"""Words remembered, about 200 bytes each; as many of the time before are kept until it is full again."""
+MAX_WORD_CHARACTERS = 64
+CHUNK_CHARACTERS = 1 << 18
+"""Longer texts are encoded by parts of about this size: sentencepiece takes 50 bytes of memory for a byte of text."""
+
+_WORD_BEGINS = re.compile(rf"(?<![ {SPACE}]) ")
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model; ids equal sentencepiece's own."""
+
+    def __init__(self, path: Path) -> None:
+        content = path.read_bytes()
+        model = ModelProto()
+        try:
+            model.ParseFromString(content)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (DecodeError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: not a sentencepiece model, nor a file of tiktoken ranks; give one of these, "
+                "or a Hugging Face tokenizer.json"
+            ) from error
+        if self._processor.eos_id() < 0:
+            raise UserError(f"{path}: the model has no eos token, which ends a document; train it with one")
+        bos_id = self._processor.bos_id()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos_id: int | None = bos_id if bos_id >= 0 else None
+        self.eos_id: int = self._processor.eos_id()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self._words = Words(_encoder_of_words(model)) if words_are_independent(model) else None
+
+    def encode(self, text: str) -> list[int]:
+        require_text([text])
+        return np.frombuffer(self._encoded(text), np.int32).tolist()
+
+    def encode_batch(self, texts: Sequence[str], *, bos_eos: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        require_text(texts)
+        encoded = [self._encoded(text) for text in texts]
+        return joined(encoded, bos_id=self.bos_id, eos_id=self.eos_id) if bos_eos else joined(encoded)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+    def _encoded(self, text: str) -> bytes:
+        words = self._words
+        if words is None or not text:
+            return as_bytes(self._processor.encode(text))
+        chunks = [text] if len(text) <= CHUNK_CHARACTERS else _chunks(text, CHUNK_CHARACTERS)
+        return b"".join(
+            as_bytes(self._processor.encode(chunk))
+            if INNER_SPACE in chunk or SPACE in chunk
+            else b"".join(map(words.__getitem__, cut_into_words(chunk)))
+            for chunk in chunks
+        )
+
+
+class Words(dict[str, bytes]):
+    """Word, as `cut_into_words` gives it -> its ids as int32 bytes; encoded at first use, forgotten when long unused."""
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self._encode = encode
+        self._before: dict[str, bytes] = {}
+
+    def __missing__(self, word: str) -> bytes:
+        ids = self._before.get(word)
+        if ids is None:
+            text = word.replace(INNER_SPACE, " ")
+            ids = as_bytes(self._encode(text if text.startswith("\n") else " " + text))
+        if len(word) <= MAX_WORD_CHARACTERS:
+            if len(self) >= MAX_WORDS:
+                self._before = dict(self)
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+def words_are_independent(model: ModelProto) -> bool:
+    """Whether the ids of a text are those of its words, cut before newlines and before spaces that follow no space.
+
+    So it is where the text reaches the merges as it is and no piece crosses such a cut: merges go by the scores of
+    the pieces alone, so what is merged on one side of a cut is nothing to the other side. Without byte fallback,
+    neighbouring unknown characters would become one id. User-defined pieces are cut out by other rules.
+    """
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    crossing = re.compile(rf"[^{SPACE}]{SPACE}|.\n", re.DOTALL)
+    return (
+        trainer.model_type == trainer.BPE
+        and trainer.byte_fallback
+        and not trainer.treat_whitespace_as_suffix
+        and not normalizer.precompiled_charsmap
+        and normalizer.add_dummy_prefix
+        and normalizer.escape_whitespaces
+        and not normalizer.remove_extra_whitespaces
+        and not any(piece.type == piece.USER_DEFINED or crossing.search(piece.piece) for piece in model.pieces)
+    )
+
+
+def cut_into_words(text: str) -> list[str]:
+    """Cut `text` into words, which `Words` can encode on their own; quick, with the methods of str alone.
+
+    A word begins with a space or a newline, or is the first, before which sentencepiece puts a space. The space is
+    left out; further spaces before the word, and one before a newline, are spelled INNER_SPACE.
+    """
+    if text.startswith(" "):
+        text = INNER_SPACE + text[1:]
+    text = text.replace("  ", " " + INNER_SPACE).replace(INNER_SPACE + " ", 2 * INNER_SPACE)
+    return text.replace(" \n", INNER_SPACE + "\n").replace("\n", " \n").split(" ")
+
+
+def _encoder_of_words(model: ModelProto) -> Callable[[str], list[int]]:
+    """sentencepiece's encode, but it puts no space before a text."""
+    bare = ModelProto()
+    bare.CopyFrom(model)
+    bare.normalizer_spec.add_dummy_prefix = False
+    return sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString()).encode
+
+
+def _chunks(text: str, size: int) -> Iterator[str]:
+    """`text` in parts that begin with a word, less the space before it: sentencepiece puts that there again."""
+    start = 0
+    # Of a last space, nothing would be left for another part.
+    while cut := _WORD_BEGINS.search(text, start + size, max(len(text) - 1, start + size)):
+        yield text[start : cut.start()]
+        start = cut.end()
+    yield text[start:]
