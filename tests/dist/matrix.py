@@ -1,6 +1,6 @@
 """The parity matrix: which layouts and settings are held against one plain process. Not a test; `test_matrix.py` is.
 
-    python tests/dist/matrix.py                       all of it, on two cores in about an hour
+    python tests/dist/matrix.py                       all of it, on two cores in three quarters of an hour
     python tests/dist/matrix.py --only tp2-pp2        the cases that have this in their names
     python tests/dist/matrix.py --case NAME           one case, by the name that a failure was reported under
 
