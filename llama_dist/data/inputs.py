@@ -26,6 +26,7 @@ KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+UNKNOWN_BYTES = 64 << 20  # enough to be a piece of work by itself
 PACKED = ("txt", "jsonl", "json", "csv")  # the kinds that may be compressed
 ALLOWED = f"{', '.join(KINDS)}, and all but the last two with {', '.join(COMPRESSIONS)} too"
 # They are imported by name when there is something for them: pyarrow takes a second, and datasets several.
@@ -44,7 +45,10 @@ ABOUT = ("dataset_info.json", "dataset_dict.json", "state.json", "manifest.json"
 
 @dataclass(frozen=True)
 class Input:
-    """A file, a URL, or one shard of a data set of `datasets`; `bytes` as it is stored (0: unknown)."""
+    """A file, a URL, or one shard of a data set of `datasets`.
+
+    bytes: as it is stored; UNKNOWN_BYTES where a server does not say.
+    """
 
     path: str
     bytes: int
@@ -56,7 +60,7 @@ class Part:
 
     start, stop: bytes of a .txt or .jsonl file (a document belongs to the part in which its line begins, a paragraph to
     the one in which the blank line before it begins), row groups of a .parquet file, record batches of an .arrow file;
-    None: to the end. bytes: about how many of the stored bytes it stands for, to share out the work (0: unknown).
+    None: to the end. bytes: about how many of the stored bytes it stands for, to share out the work.
     """
 
     path: str
@@ -190,16 +194,19 @@ def _list_url(url: str) -> list[Input]:
         elif kind_of(url) is None and files.isdir(path):
             found, where = files.find(path, detail=True), "in this folder"
         else:
-            return [_input(url, int(files.info(path).get("size") or 0))]
+            return [_input(url, _size(files.info(path)))]
     sizes = {
-        files.unstrip_protocol(name): int(info.get("size") or 0)
-        for name, info in found.items()
-        if info.get("type") != "directory"
+        files.unstrip_protocol(name): _size(info) for name, info in found.items() if info.get("type") != "directory"
     }
     kept = sorted(name for name in sizes if _is_data(name))
     if not kept:
         raise UserError(f"{url}: no file {where} is of the kinds {ALLOWED}; give one that has some")
     return [Input(name, sizes[name]) for name in kept]
+
+
+def _size(info: dict[str, Any]) -> int:
+    size = info.get("size")
+    return UNKNOWN_BYTES if size is None else int(size)
 
 
 def _of_known_kinds(found: Iterable[Path], pattern: str, where: str) -> list[Input]:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from llama_dist.data.inputs import Part, kind_of
 from llama_dist.data.opening import BUFFER, TruncatedFile, open_input
-from llama_dist.data.rows import Document, Reading, Skipped, checked, decoded, make_document, not_utf8, shortened, too_long
+from llama_dist.data.rows import (
+    Document,
+    Reading,
+    Skipped,
+    checked,
+    decoded,
+    make_document,
+    not_utf8,
+    shortened,
+    too_long,
+)
 
 BOM = b"\xef\xbb\xbf"
 
@@ -111,8 +122,8 @@ def _whole(file: io.BufferedReader, part: Part, reading: Reading) -> Document | 
         while block := file.read1(BUFFER):
             content += block
             if len(content) > reading.max_document_bytes:
-                skipped = too_long(part.path, reading)
-                return Skipped(skipped.where, skipped.reason + ", or read it line by line or by paragraphs", skipped.kind)
+                long = too_long(part.path, reading)
+                return replace(long, reason=f"{long.reason}, or read the file line by line or by paragraphs")
     except TruncatedFile as error:
         return cut_short(part.path, error)
     try:

@@ -94,8 +94,8 @@ def remote(path: str) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:
-        text = str(error).strip().split("\n", 1)[0][:300]
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {text}); check the URL and try again") from error
+        found = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        raise UserError(f"{path}: cannot be read ({found}); check the URL and try again") from error
 
 
 def _check(path: str, compression: str) -> None:

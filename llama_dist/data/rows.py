@@ -117,13 +117,17 @@ def make_document(row: Mapping[str, Any], where: str, reading: Reading, *, halve
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            reason = (
-                f"character {error.start} of the text is half a surrogate pair ({text[error.start]!r}), "
-                "which is not text; write the whole character"
-            )
-            return Skipped(where, reason, "encoding")
+            return Skipped(where, _half(text, error.start), "encoding")
         name = name.encode(errors="backslashreplace").decode()
     return checked(name, text, where, reading)
+
+
+def _half(text: str, place: int) -> str:
+    character = text[place]
+    reason = f"character {place} of the text is half a surrogate pair ({character!r})"
+    if "\udc80" <= character <= "\udcff":  # how some readers put such a byte into text
+        reason += f", or the byte 0x{ord(character) - 0xDC00:02x}, which is not UTF-8"
+    return reason + "; neither is text; write the whole character"
 
 
 def checked(name: str, text: str, where: str, reading: Reading) -> Document | Skipped:
@@ -131,7 +135,7 @@ def checked(name: str, text: str, where: str, reading: Reading) -> Document | Sk
     if not text:
         return Skipped(where, "the text is empty", "empty")
     if "\0" in text:
-        reason = f"character {text.index(chr(0))} of the text is NUL, which text does not have (is it binary, or UTF-16?)"
+        reason = f"character {text.index(chr(0))} of the text is NUL, which no text has (is it binary, or UTF-16?)"
         return Skipped(where, reason, "nul")
     if len(text) > reading.max_document_bytes:
         return too_long(where, reading)
