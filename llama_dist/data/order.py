@@ -21,20 +21,21 @@ MAX_PERIOD = 1 << 16
 MASK = (1 << 64) - 1
 
 
-def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     """Where a bijection of range(n) chosen by `key` sends each of `index`: int64, same shape.
 
-    A balanced Feistel network over the next power of four (Luby and Rackoff 1988), walked on from outside range(n)
+    `key` is one for all, or uint64 of the same shape. A balanced Feistel network over the next power of four (Luby and Rackoff 1988), walked on from outside range(n)
     until it falls inside (Black and Rogaway 2002): O(1) memory, and less than four steps on average.
     """
     index = np.asarray(index)
     assert n > 0, "an empty range has no permutation"
     assert index.size == 0 or (index.min() >= 0 and index.max() < n), f"an index lies outside of range({n})"
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    out = _feistel(index.astype(np.uint64).ravel(), half_bits, key)
+    keys = np.atleast_1d(np.asarray(key, dtype=np.uint64)).ravel()
+    out = _feistel(index.astype(np.uint64).ravel(), half_bits, keys)
     outside = np.flatnonzero(out >= n)
     while outside.size:
-        out[outside] = _feistel(out[outside], half_bits, key)
+        out[outside] = _feistel(out[outside], half_bits, keys if len(keys) == 1 else keys[outside])
         outside = outside[out[outside] >= n]
     return out.astype(np.int64).reshape(index.shape)
 
@@ -47,21 +48,29 @@ def key_of(*parts: int | str) -> int:
 def sample_at(
     positions: np.ndarray, *, sizes: Sequence[int], weights: Sequence[float], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which sample stands at each of `positions` of the run: (source, sample of that source), both int64.
+    """Which sample stands at each of `positions` of a mixture that does not change: (source, sample of that source).
 
-    `sizes[s]` is the number of samples of source `s`, gone through once an epoch in an order of that epoch's own.
+    Both int64. `sizes[s]` is the number of samples of source `s`.
     """
     source, own = source_at(positions, weights=weights)
     sample = np.empty_like(own)
     for s in np.unique(source):
         chosen = source == s
-        epoch, within = np.divmod(own[chosen], sizes[s])
-        result = np.empty_like(within)
-        for e in np.unique(epoch):
-            here = epoch == e
-            result[here] = permute(within[here], sizes[s], key_of(seed, int(s), int(e)))
-        sample[chosen] = result
+        sample[chosen] = shuffled(own[chosen], sizes[s], seed=seed, number=int(s))
     return source, sample
+
+
+def shuffled(own: np.ndarray, size: int, *, seed: int, number: int) -> np.ndarray:
+    """Which of a source's `size` samples stands at each of its own positions: once an epoch, in that epoch's own order.
+
+    int64, same shape. `number` is the source's in the run.
+    """
+    own = np.asarray(own, dtype=np.int64)
+    epoch, within = np.divmod(own, size)
+    epochs, which = np.unique(epoch, return_inverse=True)
+    keys = np.array([key_of(seed, number, e) for e in epochs.tolist()], dtype=np.uint64)
+    # All epochs at once: a small source may go through many of them in a few steps.
+    return permute(within, size, int(keys[0]) if len(keys) == 1 else keys[which.reshape(own.shape)])
 
 
 def source_at(positions: np.ndarray, *, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -74,6 +83,21 @@ def source_at(positions: np.ndarray, *, weights: Sequence[float]) -> tuple[np.nd
     period, within = np.divmod(np.asarray(positions, dtype=np.int64), len(table))
     source = table[within]
     return source, period * counts[source] + rank[within]
+
+
+def taken_by(n: int, *, weights: Sequence[float]) -> list[int]:
+    """How many of the first `n` positions of a mixture are each source's."""
+    table, _, counts = _period(tuple(weights))
+    period, within = divmod(n, len(table))
+    begun = np.bincount(table[:within], minlength=len(counts))
+    return [period * int(count) + int(more) for count, more in zip(counts, begun, strict=True)]
+
+
+def position_of(own: int, *, source: int, weights: Sequence[float]) -> int:
+    """Where in a mixture a source's sample number `own` stands: the inverse of `source_at`."""
+    table, _, counts = _period(tuple(weights))
+    period, rank = divmod(own, int(counts[source]))
+    return period * len(table) + int(_slots(tuple(weights), source)[rank])
 
 
 def shares_of(weights: Sequence[float]) -> list[int]:
@@ -100,37 +124,52 @@ def _period(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndar
     The j-th slot of a source with share c of p must lie in [floor(j p / c), ceil((j + 1) p / c)); serving the earliest
     deadline first meets all of them (Baruah et al. 1996, proportionate progress), so no source is ever off by one.
     """
-    counts = shares_of(weights)
-    length = sum(counts)
-    waiting = [(0, s, 0) for s in range(len(counts))]  # (release, source, j)
-    ready: list[tuple[int, int, int]] = []  # (deadline, source, j)
-    table = np.empty(length, dtype=np.int64)
-    rank = np.empty(length, dtype=np.int64)
-    for slot in range(length):
-        while waiting and waiting[0][0] <= slot:
-            _, s, j = heapq.heappop(waiting)
-            heapq.heappush(ready, (-(-(j + 1) * length // counts[s]), s, j))
-        deadline, s, j = heapq.heappop(ready)
-        assert slot < deadline, "earliest deadline first missed a deadline"
-        table[slot], rank[slot] = s, j
-        if j + 1 < counts[s]:
-            heapq.heappush(waiting, ((j + 1) * length // counts[s], s, j + 1))
-    return table, rank, np.array(counts, dtype=np.int64)
+    counts = np.array(shares_of(weights), dtype=np.int64)
+    length = int(counts.sum())
+    source = np.repeat(np.arange(len(counts)), counts)
+    rank = np.arange(length) - np.repeat(np.cumsum(counts) - counts, counts)
+    release, deadline = rank * length // counts[source], -(-(rank + 1) * length // counts[source])
+    by_deadline = np.argsort(deadline, kind="stable")  # of equal ones the first source is first
+    urgency = np.empty(length, dtype=np.int64)  # a job's place in the order of deadlines
+    urgency[by_deadline] = np.arange(length)
+    released = urgency[np.argsort(release, kind="stable")].tolist()
+    until = np.cumsum(np.bincount(release, minlength=length)).tolist()
+    ready: list[int] = []
+    served = []
+    at = 0
+    for end in until:
+        for job in released[at:end]:
+            heapq.heappush(ready, job)
+        at = end
+        served.append(heapq.heappop(ready))
+    order = by_deadline[served]
+    assert np.all(np.arange(length) < deadline[order]), "earliest deadline first missed a deadline"
+    return source[order], rank[order], counts
 
 
-def _feistel(x: np.ndarray, half_bits: int, key: int) -> np.ndarray:
-    """A bijection of range(4 ** half_bits)."""
+@lru_cache(maxsize=64)
+def _slots(weights: tuple[float, ...], source: int) -> np.ndarray:
+    """The slots of a source in a period, rising."""
+    return np.flatnonzero(_period(weights)[0] == source)
+
+
+def _feistel(x: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
+    """A bijection of range(4 ** half_bits) for each key; `keys` has one, or one for each of `x`."""
     bits = np.uint64(half_bits)
     mask = np.uint64((1 << half_bits) - 1)
     left, right = x >> bits, x & mask
     for r in range(1, ROUNDS + 1):
-        round_key = np.uint64((key + r * 0x9E3779B97F4A7C15) & MASK)
-        left, right = right, left ^ (_mix(right + round_key) & mask)
+        mixed = _mix_(right + (keys + np.uint64(r * 0x9E3779B97F4A7C15 & MASK)))
+        mixed &= mask
+        mixed ^= left
+        left, right = right, mixed
     return (left << bits) | right
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64: every bit of the input reaches every bit of the output."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _mix_(x: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64, in place: every bit of the input reaches every bit of the output."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    return x
