@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llama_dist.config import DataConfig
-from llama_dist.data.order import sample_at, shares_of
-from llama_dist.data.shards import Shards
-from llama_dist.data.tokenizer import Tokenizer, fingerprint_of, load_tokenizer
+from llama_dist.config_data import DataConfig
+from llama_dist.data.history import History, Pace, continue_history
+from llama_dist.data.mixture import Mixture
+from llama_dist.data.samples import Rows
+from llama_dist.data.sources import open_sources
+from llama_dist.data.tokenizer import Tokenizer, load_tokenizer
 from llama_dist.errors import UserError
+
+BLOCK = 4096  # samples whose places are looked up at once: numpy takes as long for one as for a hundred
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,21 @@ class Batch:
 class Loader:
     """Reads the samples of one data-parallel replica.
 
-    A sample is `seq_len + 1` tokens; sample i of a source begins at token i * seq_len, so its last token is the first
-    of the next. Step by step, the samples in the order of the ranks are the same for any `dp` and `micro_batch`.
-    Raises UserError where shards and tokenizer, vocabulary or length do not go together.
+    A sample is `seq_len + 1` tokens. Step by step, the samples in the order of the ranks are the same for any `dp` and
+    `micro_batch`. With `pin` batches lie in pinned memory, from which a GPU copies while it computes. Raises UserError
+    where shards and tokenizer, vocabulary or length do not go together.
     """
 
     def __init__(
-        self, data: DataConfig, *, vocab_size: int, global_batch: int, micro_batch: int, dp: int, dp_rank: int
+        self,
+        data: DataConfig,
+        *,
+        vocab_size: int,
+        global_batch: int,
+        micro_batch: int,
+        dp: int,
+        dp_rank: int,
+        pin: bool = False,
     ) -> None:
         if global_batch % (dp * micro_batch):
             raise UserError(
@@ -48,54 +59,119 @@ class Loader:
                 f"use a multiple of {dp * micro_batch}"
             )
         assert 0 <= dp_rank < dp, f"dp_rank {dp_rank} of dp {dp}"
-        self._weights = [source.weight for source in data.train]
-        shares_of(self._weights)  # says now, not at the first step, which weight is wrong
-        fingerprint = fingerprint_of(data.tokenizer)
-        self._sources = [
-            open_shards(source.shards, tokenizer=data.tokenizer, fingerprint=fingerprint, vocab_size=vocab_size)
-            for source in data.train
-        ]
-        self.num_samples = [num_samples(shards, seq_len=data.seq_len) for shards in self._sources]
+        self._data = data
+        self._sources = open_sources(data, vocab_size=vocab_size)
         # Only boundaries need the tokenizer itself.
         self._tokenizer: Tokenizer | None = load_tokenizer(data.tokenizer) if data.document_mask else None
-        self._seq_len = data.seq_len
+        self._masked = data.packing != "concat"
         self._vocab_size = vocab_size
-        self._seed = data.seed
+        self.global_batch = global_batch
         self._micro_batch = micro_batch
         self._share = global_batch // dp
         self._offset = dp_rank * self._share
+        self._pin = pin
+        self.begin()
 
     @property
-    def fingerprint(self) -> str:
-        """A hash of what decides the samples: each source's shard files (not where they lie) and weight."""
-        digest = hashlib.sha256()
-        for shards, weight in zip(self._sources, self._weights, strict=True):
-            files = shards.manifest.files if shards.manifest else shards.sample_checksums()
-            digest.update(json.dumps([files, weight], sort_keys=True).encode())
-        return digest.hexdigest()
+    def num_samples(self) -> list[int | None]:
+        """Of each source, in an epoch."""
+        return [source.samples.size for source in self._sources]
+
+    def begin(
+        self, history: History | None = None, *, step: int = 0, samples: int = 0, steps: int | None = None
+    ) -> History:
+        """Take up a run that has made `step` steps of `samples` samples in all; returns its history from now on.
+
+        Raises UserError where a source is another than it was, or where the data ends before `steps` are made.
+        """
+        history, numbers = continue_history(
+            history,
+            [opened.present(source) for opened, source in zip(self._sources, self._data.train, strict=True)],
+            self._data.curriculum,
+            now=Pace(step, samples, self.global_batch),
+            steps=steps,
+        )
+        self._mixture = Mixture(history.phases)
+        self._by_number = {n: source.samples for n, source in zip(numbers, self._sources, strict=True)}
+        self._names = {n: source.known.name for n, source in zip(numbers, self._sources, strict=True)}
+        self._block = lru_cache(maxsize=2)(self._places)  # that of the step, and that of the steps looked ahead to
+        return history
 
     def microbatches(self, samples_consumed: int) -> list[Batch]:
         """The micro-batches of the step after `samples_consumed` samples."""
-        first = samples_consumed + self._offset
-        positions = np.arange(first, first + self._share, dtype=np.int64)
-        source, sample = sample_at(positions, sizes=self.num_samples, weights=self._weights, seed=self._seed)
-        rows = [self._read(int(s), int(i)) for s, i in zip(source, sample, strict=True)]
-        return [self._batch(tokens) for tokens in torch.from_numpy(np.stack(rows)).split(self._micro_batch)]
+        numbers, samples = self._step(samples_consumed)
+        tokens = torch.empty((self._share, self._data.seq_len + 1), dtype=torch.int64, pin_memory=self._pin)
+        counted = torch.ones(tokens[:, 1:].shape, dtype=torch.bool, pin_memory=self._pin) if self._masked else None
+        documents: list[tuple[int, ...]] = [()] * self._share
+        for number, chosen in _by_source(numbers):
+            rows = self._read(number, samples[chosen])
+            tokens.numpy()[chosen] = rows.tokens
+            if counted is not None and rows.counted is not None:
+                counted.numpy()[chosen] = rows.counted
+            if self._tokenizer is not None:
+                bos_id, eos_id = self._tokenizer.bos_id, self._tokenizer.eos_id
+                found = rows.documents or document_starts(tokens[chosen], bos_id=bos_id, eos_id=eos_id)
+                for i, starts in zip(np.arange(self._share)[chosen].tolist(), found, strict=True):
+                    documents[i] = starts
+        return [
+            Batch(
+                tokens[at : at + self._micro_batch],
+                None if self._tokenizer is None else tuple(documents[at : at + self._micro_batch]),
+                None if counted is None else counted[at : at + self._micro_batch],
+            )
+            for at in range(0, self._share, self._micro_batch)
+        ]
 
-    def _batch(self, tokens: Tensor) -> Batch:
-        if self._tokenizer is None:
-            return Batch(tokens)
-        return Batch(tokens, document_starts(tokens, bos_id=self._tokenizer.bos_id, eos_id=self._tokenizer.eos_id))
+    def prefetch(self, samples_consumed: int) -> None:
+        """Have the step after `samples_consumed` samples ready soon; only a hint."""
+        numbers, samples = self._step(samples_consumed)
+        for number, chosen in _by_source(numbers):
+            self._by_number[number].prefetch(samples[chosen])
 
-    def _read(self, source: int, sample: int) -> np.ndarray:
-        start, shards = sample * self._seq_len, self._sources[source]
-        row = shards.tokens(start, start + self._seq_len + 1).astype(np.int64)
-        if row.max() >= self._vocab_size:
+    def _step(self, samples_consumed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(number of the source, sample) of each of this replica's samples of a step."""
+        step, rest = divmod(samples_consumed, self.global_batch)
+        block, row = divmod(step, self._steps_of_block)
+        numbers, samples = self._block(rest, block)
+        if row >= len(numbers):
+            raise UserError(f"sample {samples_consumed + self.global_batch} of the run: the data ends at {self._mixture.end}")
+        return numbers[row], samples[row]
+
+    @property
+    def _steps_of_block(self) -> int:
+        return max(1, BLOCK // self._share)
+
+    def _places(self, rest: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `_step`, of all steps of a block that the data lasts for: int64 (steps, samples of this replica) each."""
+        steps = np.arange(block * self._steps_of_block, (block + 1) * self._steps_of_block, dtype=np.int64)
+        firsts = rest + steps * self.global_batch
+        if self._mixture.end is not None:
+            firsts = firsts[firsts + self.global_batch <= self._mixture.end]
+        positions = (firsts + self._offset)[:, None] + np.arange(self._share, dtype=np.int64)
+        numbers, own = self._mixture.at(positions)
+        samples = np.full_like(own, -1)  # of sources that were taken out before these steps are made
+        for number, source in self._by_number.items():
+            chosen = numbers == number
+            samples[chosen] = source.at(own[chosen], seed=self._data.seed, number=number)
+        return numbers, samples
+
+    def _read(self, number: int, samples: np.ndarray) -> Rows:
+        rows = self._by_number[number].rows(samples)
+        ids = rows.tokens.view(f"u{rows.tokens.itemsize}")  # a negative id is out of range, too
+        if ids.max() >= self._vocab_size:
+            row = int(np.argmax(ids.max(axis=1)))
             raise UserError(
-                f"{shards.path}: tokens {start} to {start + self._seq_len} hold the id {row.max()}, and "
+                f"{self._names[number]}: sample {samples[row]} holds the id {ids[row].max()}, and "
                 f"model.vocab_size is {self._vocab_size}; the shards are damaged, or are another tokenizer's"
             )
-        return row
+        return rows
+
+
+def _by_source(numbers: np.ndarray) -> list[tuple[int, slice | np.ndarray]]:
+    """Each source of some samples, and which of them are its."""
+    if (numbers == numbers[0]).all():
+        return [(int(numbers[0]), slice(None))]
+    return [(number, np.flatnonzero(numbers == number)) for number in np.unique(numbers).tolist()]
 
 
 def document_starts(tokens: Tensor, *, bos_id: int | None, eos_id: int) -> tuple[tuple[int, ...], ...]:
@@ -111,35 +187,3 @@ def document_starts(tokens: Tensor, *, bos_id: int | None, eos_id: int) -> tuple
     if bos_id is not None:
         begins |= inputs == bos_id
     return tuple(tuple(row.nonzero().flatten().tolist()) for row in begins)
-
-
-def num_samples(shards: Shards, *, seq_len: int) -> int:
-    """How many samples the tokens make. Raises UserError where it is none."""
-    if shards.num_tokens <= seq_len:
-        raise UserError(
-            f"{shards.path}: {shards.num_tokens} tokens are fewer than the {seq_len + 1} of one sample "
-            f"(data.seq_len={seq_len}, and one to predict); lower data.seq_len or give more text"
-        )
-    return (shards.num_tokens - 1) // seq_len
-
-
-def open_shards(path: str, *, tokenizer: str, fingerprint: str, vocab_size: int) -> Shards:
-    """Open shards that a model of `vocab_size` can be trained or evaluated on with the tokenizer of `fingerprint`.
-
-    A bare Megatron pair does not say what made it, and is taken as it is.
-    """
-    shards = Shards(path)
-    if shards.manifest is None:
-        return shards
-    made_by = shards.manifest.tokenizer
-    if made_by["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{path}: was made with another tokenizer: {made_by['file']} (sha256 {made_by['fingerprint'][:12]}), while "
-            f"data.tokenizer={tokenizer} (sha256 {fingerprint[:12]}); set data.tokenizer to that one or prepare again"
-        )
-    if made_by["vocab_size"] > vocab_size:
-        raise UserError(
-            f"model.vocab_size={vocab_size}: the tokens of {path} go up to {made_by['vocab_size'] - 1}; "
-            f"use at least {made_by['vocab_size']}"
-        )
-    return shards

@@ -7,6 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
+from llama_dist.data.order import shuffled
+from llama_dist.data.shards import Shards
+from llama_dist.errors import UserError
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -55,5 +59,44 @@ class Samples(Protocol):
         ...
 
     def spans(self, sample: int) -> list[Span]:
-        """What a sample is made of, in order."""
+        """What a sample is made of, in order: all of its seq_len + 1 tokens but padding."""
         ...
+
+
+class Concatenated:
+    """Samples cut from the documents one after another: sample i is tokens [i * seq_len, (i + 1) * seq_len].
+
+    So the last token of a sample is the first of the next, and a short rest at the end is left out. Each epoch has an
+    order of its own. Raises UserError where the tokens do not make one sample.
+    """
+
+    def __init__(self, shards: Shards, seq_len: int) -> None:
+        if shards.num_tokens <= seq_len:
+            raise UserError(
+                f"{shards.path}: {shards.num_tokens} tokens are fewer than the {seq_len + 1} of one sample "
+                f"(data.seq_len={seq_len}, and one to predict); lower data.seq_len or give more text"
+            )
+        self._shards = shards
+        self.size: int = (shards.num_tokens - 1) // seq_len
+        self._seq_len = seq_len
+
+    def at(self, own: np.ndarray, *, seed: int, number: int) -> np.ndarray:
+        return shuffled(own, self.size, seed=seed, number=number)
+
+    def rows(self, samples: np.ndarray) -> Rows:
+        return Rows(self._shards.rows(samples * self._seq_len, self._seq_len + 1))
+
+    def prefetch(self, samples: np.ndarray) -> None:
+        self._shards.prefetch(samples * self._seq_len, self._seq_len + 1)
+
+    def spans(self, sample: int) -> list[Span]:
+        token, end = sample * self._seq_len, (sample + 1) * self._seq_len + 1
+        document, _ = self._shards.document_at(token)
+        found = []
+        while token < end:
+            start, stop = self._shards.document_span(document)
+            if stop > token:  # an empty document has no tokens to show
+                found.append(Span(document, token - start, min(stop, end) - start))
+                token = stop
+            document += 1
+        return found

@@ -28,6 +28,7 @@ from llama_dist.checkpoint.store import (
     save_checkpoint,
 )
 from llama_dist.config import RunConfig
+from llama_dist.data.history import History
 from llama_dist.errors import RunError
 from llama_dist.eval.scoring import Replica
 from llama_dist.files import write_file
@@ -66,7 +67,7 @@ class Coordinator:
     replica: Replica
     request: StopRequest
     attempt: int
-    data_fingerprint: str
+    history: History
     tokenizer_fingerprint: str
     ledger: Ledger | None = None
     steps_log: StepLog | None = None
@@ -202,7 +203,7 @@ class Coordinator:
         """What a checkpoint says of the run beside its tensors. All randomness is a function of the seeds here."""
         return {
             "layout": asdict(self.runtime.layout) | {"zero": self.run.parallel.zero},
-            "data_fingerprint": self.data_fingerprint,
+            "data": self.history.to_json(),
             "tokenizer": self.tokenizer_fingerprint,
             "config": self.run.model_dump(mode="json"),
             "versions": {"llama_dist": __version__, "torch": torch.__version__},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llama_dist.config import RunConfig
-from llama_dist.data.loader import open_shards
+from llama_dist.data.sources import open_shards
 from llama_dist.data.tokenizer import load_tokenizer
 from llama_dist.eval.scoring import Replica, Scorer
 from llama_dist.eval.tasks import load_choices, multiple_choice, perplexity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llama_dist.checkpoint.store import Position
 from llama_dist.config import RunConfig
-from llama_dist.data.loader import Loader
+from llama_dist.data.prefetch import Prefetching
 from llama_dist.pipeline.engine import StageEngine
 from llama_dist.pipeline.runner import PipelineRunner
 from llama_dist.train.coordinator import Coordinator
@@ -16,7 +16,7 @@ def train(
     *,
     engine: StageEngine,
     runner: PipelineRunner,
-    loader: Loader,
+    loader: Prefetching,
     coordinator: Coordinator,
     position: Position,
 ) -> Position:

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rich.markup import escape
 
 from llama_dist import __version__
 from llama_dist.checkpoint.store import Position, newest_valid
 from llama_dist.config import RunConfig, dump_config, fit_layout, micro_batch_of
+from llama_dist.data.history import History, Pace, changes_ahead, switch_between
 from llama_dist.data.loader import Loader
+from llama_dist.data.packing import find_packing_damage
+from llama_dist.data.prefetch import Prefetching
 from llama_dist.data.shards import Shards, find_damage
 from llama_dist.errors import RunError, UserError
 from llama_dist.eval.scoring import Replica
@@ -32,7 +36,7 @@ from llama_dist.train.evaluation import Evaluation
 from llama_dist.train.ledger import Ledger, open_ledger
 from llama_dist.train.loop import train
 from llama_dist.train.metrics import StepLog, duration, peak_tflops, quantity
-from llama_dist.train.resume import check_same_run
+from llama_dist.train.resume import check_same_run, history_of
 from llama_dist.train.signals import StopRequest, stop_request
 
 log = logging.getLogger("llama_dist")
@@ -58,6 +62,7 @@ def run_training(run: RunConfig) -> int:
         micro_batch=micro_batch_of(run, layout),
         dp=layout.dp,
         dp_rank=coord.dp,
+        pin=device.type == "cuda",
     )
     evaluation = Evaluation(run)
     try:
@@ -120,33 +125,51 @@ def _resume_or_start(
     """Find the newest checkpoint that verifies, and train on from it; without any, from the start."""
     check_shards(run, runtime)
     checkpoint, passed_over = newest_valid(Path(run.folder) / "checkpoints", group=runtime.groups.control)
+    position, then = Position(), None
     if checkpoint is not None:
-        check_same_run(checkpoint, run, data_fingerprint=loader.fingerprint)
-        if checkpoint.position.step >= run.train.steps:
-            if runtime.is_coordinator:
-                step, steps = checkpoint.position.step, run.train.steps
-                print(f"{run.folder}: the run is finished: it stands at step {step}, and train.steps is {steps}")
-            return EXIT_DONE
+        check_same_run(checkpoint, run)
+        position, then = checkpoint.position, history_of(checkpoint, run)
+    history = loader.begin(then, step=position.step, samples=position.samples, steps=run.train.steps)
+    if position.step >= run.train.steps:
+        if runtime.is_coordinator:
+            step, steps = position.step, run.train.steps
+            print(f"{run.folder}: the run is finished: it stands at step {step}, and train.steps is {steps}")
+        return EXIT_DONE
     # From here on this start holds the run: an earlier one that still lives stops at its next step.
     try:
         ledger, attempt = _open_folder(run, runtime)
         steps_log = _open_steps_log(run, runtime, attempt) if ledger else None
     except OSError as error:
         raise UserError(f"folder={run.folder}: cannot be written to: {error}; mend it or name another") from error
-    coordinator = _build(run, runtime, loader, evaluation, request, ledger, attempt, steps_log)
+    coordinator = _build(run, runtime, history, evaluation, request, ledger, attempt, steps_log)
     for problem in passed_over:
         coordinator.tell(f"[red]checkpoint passed over:[/] {problem}", "checkpoint_passed_over", problem=problem)
     started_at = time.perf_counter()
     begun = coordinator.restore(checkpoint)
-    position = train(
-        run,
-        engine=coordinator.engine,
-        runner=coordinator.runner,
-        loader=loader,
-        coordinator=coordinator,
-        position=begun,
-    )
+    _tell_mixture(run, coordinator, then, begun)
+    until = begun.samples + (run.train.steps - begun.step) * run.train.global_batch
+    with Prefetching(loader, steps=run.data.prefetch, until=until) as steps_ahead:
+        position = train(
+            run,
+            engine=coordinator.engine,
+            runner=coordinator.runner,
+            loader=steps_ahead,
+            coordinator=coordinator,
+            position=begun,
+        )
     return _finish(run, coordinator, begun, position, time.perf_counter() - started_at)
+
+
+def _tell_mixture(run: RunConfig, coordinator: Coordinator, then: History | None, begun: Position) -> None:
+    """Record what the run will read from here on, and say where that is another mixture than it would have been."""
+    history, now = coordinator.history, Pace(begun.step, begun.samples, run.train.global_batch)
+    switch = switch_between(then, history, begun.samples) if then else None
+    if switch:
+        coordinator.tell(f"[yellow]another mixture[/] {escape(switch)}", "switch", step=begun.step, mixture=switch)
+    for change in changes_ahead(history, now, run.train.steps):
+        coordinator.tell(f"mixture {escape(change)}")
+    if coordinator.ledger:
+        coordinator.ledger.write("data", step=begun.step, samples=begun.samples, history=history.to_json())
 
 
 def check_shards(run: RunConfig, runtime: Runtime) -> None:
@@ -156,6 +179,9 @@ def check_shards(run: RunConfig, runtime: Runtime) -> None:
     paths = [source.shards for source in run.data.train] + ([run.data.heldout] if run.data.heldout else [])
     rank, world = runtime.rank, runtime.layout.world
     problems = [problem for path in paths for problem in find_damage(path, part=rank, parts=world)]
+    if run.data.packing == "best_fit":
+        for source in run.data.train:
+            problems += find_packing_damage(source.shards, run.data.seq_len, part=rank, parts=world)
     problems = gather_texts(problems, group=runtime.groups.control)
     if problems:
         raise UserError("; ".join(problems) + "; copy or make the shards again (data.verify=false takes them as they are)")
@@ -164,7 +190,7 @@ def check_shards(run: RunConfig, runtime: Runtime) -> None:
 def _build(
     run: RunConfig,
     runtime: Runtime,
-    loader: Loader,
+    history: History,
     evaluation: Evaluation,
     request: StopRequest,
     ledger: Ledger | None,
@@ -191,7 +217,7 @@ def _build(
         ),
         request=request,
         attempt=attempt,
-        data_fingerprint=loader.fingerprint,
+        history=history,
         tokenizer_fingerprint=evaluation.tokenizer.fingerprint,
         ledger=ledger,
         steps_log=steps_log,

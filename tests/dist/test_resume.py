@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from llama_dist.checkpoint.store import list_committed, read_checkpoint, verify
+from llama_dist.cli import main
 from llama_dist.data.prepare import prepare
 from llama_dist.data.vocabulary import train_tokenizer
 from llama_dist.train.metrics import read_metrics
@@ -265,6 +266,53 @@ def test_a_run_moves_between_layouts(start: Start, undisturbed: Path, copied: Pa
         assert attempts[kept] < attempts[kept + 1] == attempts[STEPS]
 
 
+def test_another_mixture_is_a_recorded_switch_and_a_killed_run_goes_on_in_it(
+    start: Start, home: Path, undisturbed: Path, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = f"data.train=[{{shards: {home / 'train'}, name: web}}, {{shards: {home / 'other'}, weight: 3, name: new}}]"
+    switched = 2 * EVERY
+    for path in list_committed(copied / "checkpoints"):
+        if int(path.name.split("-")[1]) > switched:
+            shutil.rmtree(path)
+    other = tmp_path / "other"
+    shutil.copytree(copied, other)
+
+    ended = start(copied, mixed, "data.prefetch=0").end()
+    assert ended.status == 0, ended.output
+    sample = curve_of(undisturbed)[switched - 1][1]
+    (switch,) = events_of(copied, "switch")
+    assert switch["step"] == switched
+    assert switch["mixture"].startswith(f"from sample {sample} on: web 25%, new 75%; it would have been: web 100%")
+    assert "another mixture from sample" in ended.output
+    expected = curve_of(copied)
+    assert expected[:switched] == curve_of(undisturbed)[:switched] and expected[switched:] != curve_of(undisturbed)
+
+    run = start(other, mixed, "parallel.zero=2", ranks=1)
+    process = run.rank(0)
+    run.wait_for_step(switched + EVERY + 1)
+    process.kill()
+    assert run.end().status == 128 + signal.SIGKILL
+    ended = start(other, mixed, "parallel.tp=2").end()
+    assert ended.status == 0, ended.output
+    assert [event["step"] for event in events_of(other, "switch")] == [switched]
+    assert events_of(other, "resume")[-1]["step"] == switched + EVERY
+    curve = curve_of(other)
+    assert [row[:2] for row in curve] == [row[:2] for row in expected]
+    for (*_, loss, norm, _), (*_, exact_loss, exact_norm, _) in zip(curve, expected, strict=True):
+        assert (loss, norm) == pytest.approx((exact_loss, exact_norm), rel=1e-5)
+
+    told = {}
+    for folder in (copied, other):
+        for step in (switched, switched + 1, STEPS):
+            assert main(["data", "why", str(folder), "--step", str(step), "--json"]) == 0
+            told[folder, step] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for step in (switched, switched + 1, STEPS):
+        assert told[copied, step] == told[other, step]
+    assert {line["source"] for line in told[copied, switched]} == {"web"}
+    assert {line["source"] for line in told[copied, STEPS]} == {"web", "new"}
+    assert told[copied, switched + 1][0]["position"] == sample
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 1
@@ -305,7 +353,10 @@ def test_when_every_checkpoint_is_damaged_the_run_stops_and_deletes_nothing(star
 def test_another_model_or_other_data_is_refused_in_one_line(start: Start, home: Path, copied: Path, what: str) -> None:
     change, told = {
         "model": ("model.intermediate_size=128", "model.intermediate_size: 176 then, 128 now"),
-        "shards": (f"data.train.0.shards={home / 'other'}", "data.train: other shards"),
+        "shards": (
+            f"data.train=[{{shards: {home / 'other'}, name: {home / 'train'}}}]",
+            f"data.train.0: the content of source '{home / 'train'}' is not what the run has read so far",
+        ),
     }[what]
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and "logs" not in path.parts}
     ended = start(copied, change, ranks=1).end()
