@@ -17,6 +17,7 @@ COMMANDS = {
     "tokenizer": "train a sentencepiece vocabulary",
     "prepare": "turn text into token shards",
     "pack": "pack the documents of shards into samples, cutting few",
+    "data": "say which documents a step is made of",
     "train": "pretrain, or go on with a run",
     "eval": "measure a checkpoint: perplexity and multiple choice",
     "generate": "let a checkpoint write",
