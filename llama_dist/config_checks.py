@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llama_dist.config_data import DATA_CHECKS
-from llama_dist.config_layouts import LAYOUT_CHECKS, LAYOUT_SETTINGS, nearest_text
+from llama_dist.config_layouts import LAYOUT_CHECKS, LAYOUT_SETTINGS, nearest_text, some_layout_fits
 from llama_dist.config_numbers import Check, choice, divisors, either_side
 
 
 def find_conflicts(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(setting, problem) for every check all of whose settings are known."""
     layout = _found(LAYOUT_CHECKS, known)
-    if layout and known.keys() >= LAYOUT_SETTINGS:
+    if layout and known.keys() >= LAYOUT_SETTINGS and some_layout_fits(known):
         name, problem = layout[0]
         layout[0] = (name, f"{problem}; {nearest_text(known, _world(known))}")
     return _found(CHECKS, known) + layout

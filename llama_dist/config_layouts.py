@@ -42,14 +42,15 @@ def batch_problem(global_batch: int, dp: int, *, pp: int, schedule: str, replica
         ways.append(f"parallel.dp in {choice(fit, dp)}")
     elif fit and replica is not None:
         ways.append(f"a world size in {choice([replica * n for n in fit], replica * dp)}")
-    if multiple > 1:
-        ways.append("parallel.schedule=1f1b")
-    share = global_batch // dp
+    if global_batch % dp == 0:
+        ways.append("parallel.schedule=1f1b and virtual_stages=1")  # which has nothing against this share
+    share = f"{global_batch // dp} sequences for each replica (train.global_batch={global_batch} / dp={dp}) make none"
+    none = f"train.global_batch={global_batch} makes none, however many replicas share it"
     problem = (
         f"train.global_batch={global_batch} does not split evenly over {dp} replicas"
         if global_batch % dp
-        else f"parallel.schedule={schedule} needs micro-batches in a multiple of parallel.pp={pp}, and {share} sequences "
-        f"for each replica (train.global_batch={global_batch} / dp={dp}) make none"
+        else f"parallel.schedule={schedule} needs micro-batches in a multiple of parallel.pp={pp}, and "
+        f"{share if fit else none}"
     )
     return f"{problem}; use {', or '.join(ways)}"
 
@@ -117,41 +118,50 @@ def _stages(pp: int, virtual: int, layers: int) -> Iterator[str]:
     if pp * virtual > layers:
         chunks = f"parallel.pp * parallel.virtual_stages = {pp} * {virtual} = {pp * virtual} chunks exceed"
         what = chunks if virtual > 1 else f"parallel.pp={pp} exceeds"
-        way = f"pp <= {layers // virtual}" if virtual <= layers else f"virtual_stages <= {layers}"
+        if virtual <= layers:
+            way = f"pp <= {layers // virtual}"
+        elif layers // pp > 1:
+            way = f"virtual_stages <= {layers // pp}"
+        else:
+            way = f"pp={min(pp, layers)} and virtual_stages=1 and schedule=1f1b"
         yield f"{what} model.num_hidden_layers={layers}; use {way}"
 
 
-def _virtual_stages(virtual: int, schedule: str) -> Iterator[str]:
+def _virtual_stages(virtual: int, schedule: str, pp: int, layers: int) -> Iterator[str]:
     if virtual > 1 and schedule != "interleaved":
+        other = ", or schedule=interleaved" if pp * virtual <= layers else ""
         yield (
             f"parallel.virtual_stages={virtual} is for parallel.schedule=interleaved, and it is {schedule}; "
-            "use virtual_stages=1, or schedule=interleaved"
+            f"use virtual_stages=1{other}"
         )
     if virtual == 1 and schedule == "interleaved":
+        other = "for example virtual_stages=2, or " if pp * 2 <= layers else ""
         yield (
             "parallel.schedule=interleaved needs parallel.virtual_stages of 2 or more (it is 1f1b over those); "
-            "use for example virtual_stages=2, or schedule=1f1b"
+            f"use {other}schedule=1f1b"
         )
 
 
 def _stage_layers(given: Sequence[int] | None, pp: int, virtual: int, layers: int) -> Iterator[str]:
-    if given is None:
-        return
-    shown = f"parallel.stage_layers={list(given)}"
-    if len(given) != pp * virtual:
+    chunks = pp * virtual
+    if given is None or chunks > layers:
+        return  # said already, and then no list would do
+    shown, way = f"parallel.stage_layers={list(given)}", "stage_layers=null to split by cost"
+    if chunks <= MAX_STAGES:
+        even, rest = divmod(layers, chunks)
+        way = f"for example stage_layers={[even + 1] * rest + [even] * (chunks - rest)}, or {way}"
+    if len(given) != chunks:
         yield (
             f"{shown} has {len(given)} entries for parallel.pp * parallel.virtual_stages = {pp} * {virtual} = "
-            f"{pp * virtual} chunks; give {pp * virtual}, or null to split by cost"
+            f"{chunks} chunks; use {way}"
         )
-    if sum(given) != layers:
-        yield (
-            f"{shown} adds up to {sum(given)} layers, and model.num_hidden_layers={layers}; "
-            f"make it {layers}, or null to split by cost"
-        )
+    elif sum(given) != layers:
+        yield f"{shown} adds up to {sum(given)} layers, and model.num_hidden_layers={layers}; use {way}"
 
 
 def _batch(global_batch: int, dp: int | str, pp: int, schedule: str) -> Iterator[str]:
-    if isinstance(dp, int) and (problem := batch_problem(global_batch, dp, pp=pp, schedule=schedule)):
+    # What a single replica cannot take, no number of them could share: with dp=auto, no world size would do.
+    if problem := batch_problem(global_batch, 1 if dp == "auto" else int(dp), pp=pp, schedule=schedule):
         yield problem
 
 
@@ -165,11 +175,17 @@ LAYOUT_CHECKS: tuple[Check, ...] = (
     Check((*_parallel("cp", "tp"), KV_HEADS, HEADS), _context_parallel),
     Check(("data.seq_len", *_parallel("cp", "tp", "sequence_parallel")), _sequence),
     Check((*_parallel("pp", "virtual_stages"), LAYERS), _stages),
-    Check(_parallel("virtual_stages", "schedule"), _virtual_stages),
+    Check((*_parallel("virtual_stages", "schedule", "pp"), LAYERS), _virtual_stages),
     Check((*_parallel("stage_layers", "pp", "virtual_stages"), LAYERS), _stage_layers),
     Check(("train.global_batch", *_parallel("dp", "pp", "schedule")), _batch),
 )
 LAYOUT_SETTINGS = frozenset(name for check in LAYOUT_CHECKS for name in check.settings)
+
+
+def some_layout_fits(known: Mapping[str, Any]) -> bool:
+    """Whether axes alone could mend the settings; `known` holds all of LAYOUT_SETTINGS."""
+    # One replica of whole heads and sequences fits wherever any layout does, once it has the right number of stages.
+    return any(_fits(known, Layout(1, pp=pp)) for pp in {1, _listed_stages(known)})
 
 
 def nearest_layouts(known: Mapping[str, Any], world: int, *, at_most: int = 3) -> list[Layout]:
@@ -185,17 +201,20 @@ def nearest_layouts(known: Mapping[str, Any], world: int, *, at_most: int = 3) -
 def nearest_replicas(known: Mapping[str, Any], *, at_most: int = 3) -> list[Layout]:
     """As nearest_layouts, where dp and so the world size are open: replicas of any size, each as a layout of dp=1."""
     most = max(known[LAYERS] // known["parallel.virtual_stages"], 1)
-    stages = {*range(1, min(most, MAX_STAGES) + 1), min(known["parallel.pp"], most)}
+    stages = {*range(1, min(most, MAX_STAGES) + 1), min(known["parallel.pp"], most), _listed_stages(known)}
     every = (Layout(1, tp, pp, cp) for tp, cp in _cuts_of_heads(known) for pp in stages)
     fitting = [layout for layout in every if _fits(known, layout, dp="auto")]
     return sorted(fitting, key=lambda layout: _distance(known, layout))[:at_most]
 
 
 def nearest_text(known: Mapping[str, Any], world: int | None) -> str:
-    """The end of a message about a layout: the nearest that fit. Without a world size, where dp is auto: replicas."""
+    """The end of a message about a layout: the nearest that fit. Without a world size, where dp is auto: replicas.
+
+    For settings which some layout fits.
+    """
     if world is None:
         near = ", ".join(f"tp={one.tp} pp={one.pp} cp={one.cp}" for one in nearest_replicas(known))
-        return f"replicas that fit: {near}" if near else "no tp, pp and cp fit these settings"
+        return f"replicas that fit: {near}"
     ranks = f"{world} rank" + "s" * (world > 1)
     if near := ", ".join(map(str, nearest_layouts(known, world))):
         return f"layouts of {ranks} that fit: {near}"
@@ -212,6 +231,11 @@ def _fits(known: Mapping[str, Any], layout: Layout, *, dp: int | str | None = No
     return not any(
         True for check in LAYOUT_CHECKS for _ in check.problems(*(settings[name] for name in check.settings))
     )
+
+
+def _listed_stages(known: Mapping[str, Any]) -> int:
+    """The pp for which a given parallel.stage_layers has an entry a chunk; 1 where it is not given."""
+    return max(len(known["parallel.stage_layers"] or []) // known["parallel.virtual_stages"], 1)
 
 
 def _candidates(known: Mapping[str, Any], world: int) -> Iterator[Layout]:

@@ -94,15 +94,14 @@ class Layout:
         return list(groups.values())
 
 
-def split_layers(num_layers: int, *, stages: int, first_cost: float = 0.0, last_cost: float = 0.0) -> list[range]:
+def split_layers(num_layers: int, *, stages: int, last_cost: float = 0.0) -> list[range]:
     """Consecutive layers for each stage such that the dearest stage costs least (one layer costs 1).
 
-    `first_cost` and `last_cost` are what the embedding adds to the first stage and the head to the last. Every
-    stage gets at least one layer; `num_layers` must be at least `stages`.
+    `last_cost` is what the head adds to the last stage. Every stage gets at least one layer; `num_layers` must be at
+    least `stages`.
     """
     assert num_layers >= stages, f"{num_layers} layers cannot fill {stages} stages"
     extra = [0.0] * stages
-    extra[0] += first_cost
     extra[-1] += last_cost
     counts = [1] * stages
     for _ in range(num_layers - stages):
