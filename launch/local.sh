@@ -20,14 +20,26 @@ case $ranks in
 esac
 
 python=${PYTHON:-python3}
+if [ -z "${MASTER_PORT:-}" ]; then
+    # This script starts over with a port that it holds: bound until the last rank ends, so that nobody else is given
+    # it, and not listening, so that rank 0 may (both sides allow reuse). A port that was only looked up could be taken
+    # before rank 0 listens.
+    exec "$python" -c '
+import os, socket, sys
+held = socket.socket()
+held.bind(("127.0.0.1", 0))
+held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: two that reuse may be given the same port
+held.set_inheritable(True)
+os.environ["MASTER_PORT"] = str(held.getsockname()[1])
+os.execvp("bash", ["bash", *sys.argv[1:]])
+' "$0" "$ranks" "$@"
+fi
 grace=${LLAMA_DIST_GRACE_SECONDS:-60}   # from the first rank's failure until the others are killed
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MASTER_ADDR=127.0.0.1
 export WORLD_SIZE=$ranks
 # All ranks are here: gloo must not depend on what this machine's name resolves to.
 [ -d /sys/class/net/lo ] && export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-MASTER_PORT=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')} || exit
-export MASTER_PORT
 
 pids=()
 stop() { for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done; }

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from llama_dist.errors import UserError
+from llama_dist.errors import RunError, UserError
 from llama_dist.layout import Coord, Layout
 
 log = logging.getLogger(__name__)
@@ -189,36 +189,56 @@ def start_runtime(
     """Join the other ranks and make the groups of `layout`, for a model of `kv_heads`. Collective over all ranks.
 
     A collective that waits longer than `timeout_seconds` for a silent rank fails with an error on the ranks that wait.
+    Raises UserError where rank 0 cannot listen on MASTER_PORT, and RunError where the ranks do not meet in that time.
     """
     assert layout.world == environment.world_size, f"{layout} is not a layout of {environment.world_size} ranks"
     _fill_environment(environment)
     timeout = timedelta(seconds=timeout_seconds)
-    rendezvous: dict[str, object] = {"init_method": "env://"}
-    if environment.world_size == 1:
-        # One process needs no port, so several single runs on one machine never collide.
-        rendezvous = {"store": dist.HashStore()}
     if not dist.is_initialized():
-        # No device_id: torch would then split every group off the world's communicator, which takes all ranks for
-        # each of thousands of groups. Without it a communicator is made at first use, by its members alone.
-        dist.init_process_group(
-            backend=backend_of(device),
-            rank=environment.rank,
-            world_size=environment.world_size,
-            timeout=timeout,
-            **rendezvous,
-        )
+        _meet(environment, backend=backend_of(device), timeout=timeout)
     groups = _make_groups(layout, rank=environment.rank, kv_heads=kv_heads, timeout=timeout)
     if groups.channels:
         _connect(groups.channels, layout.pipeline_edges(), rank=environment.rank, device=device)
     return Runtime(environment, layout, layout.coord(environment.rank), groups, device)
 
 
+def _meet(environment: Environment, *, backend: str, timeout: timedelta) -> None:
+    """Make the group of all ranks. Before it exists no rank is lost: what fails here is where or when to meet."""
+    rendezvous: dict[str, object] = {"init_method": "env://"}
+    if environment.world_size == 1:
+        # One process needs no port, so several single runs on one machine never collide.
+        rendezvous = {"store": dist.HashStore()}
+    rank, world = environment.rank, environment.world_size
+    try:
+        # No device_id: torch would then split every group off the world's communicator, which takes all ranks for
+        # each of thousands of groups. Without it a communicator is made at first use, by its members alone.
+        dist.init_process_group(backend=backend, rank=rank, world_size=world, timeout=timeout, **rendezvous)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"environment: MASTER_ADDR={environment.master_addr} MASTER_PORT={environment.master_port}"
+        reason = str(error).splitlines()[0]
+        if "server socket" in reason:
+            # "..., code: -98, name: EADDRINUSE, message: address already in use"
+            why = reason.rpartition("message: ")[2]
+            raise UserError(
+                f"{where}: rank 0 cannot listen on port {environment.master_port} of {socket.gethostname()}: {why}; "
+                "end the program that has the port, or give all ranks another MASTER_PORT that is free there "
+                "(1024 to 65535)"
+            ) from error
+        raise RunError(
+            f"{where}: rank {rank} of {world} did not meet the others: {reason.rstrip('.')}; start all ranks with the "
+            f"address of rank 0's node, which every node must reach, and with one port, free there "
+            f"(train.timeout_seconds={timeout.total_seconds():g})"
+        ) from error
+
+
 def is_lost_contact(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone or silent, and not because of this rank."""
+    """Whether ranks that had met failed because another is gone or silent, and not because of this rank."""
     texts = (
         "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL", "timeout",
         "connectFullMesh",
     )  # fmt: skip
+    if isinstance(error, RunError):
+        return False  # its text says in full what it is
     lost = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return lost or isinstance(error, dist.DistNetworkError | dist.DistStoreError)
 

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -378,6 +379,20 @@ def test_damaged_shards_are_named_and_not_trained_on(start: Start, home: Path, t
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     ended = start(tmp_path / "run", *settings, "data.verify=false").end()
     assert ended.status == 0, ended.output
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(start: Start, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        prefix = ("env", f"MASTER_PORT={port}", "LLAMA_DIST_GRACE_SECONDS=0")  # rank 1 waits for what will not answer
+        ended = start(tmp_path / "run", prefix=prefix).end()
+    assert ended.status == 2, ended.output
+    told = [line for line in ended.output.splitlines() if "llama-dist train" in line]
+    assert len(told) == 1, ended.output
+    assert f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank 0 cannot listen" in told[0]
+    assert "no contact" not in ended.output and "Traceback" not in ended.output
 
 
 def test_a_run_that_diverges_stops_and_saves_nothing_of_it(start: Start, tmp_path: Path) -> None:

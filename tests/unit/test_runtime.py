@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from llama_dist import runtime as module
-from llama_dist.errors import UserError
+from llama_dist.errors import RunError, UserError
 from llama_dist.layout import Coord, Layout
 from llama_dist.runtime import (
     Environment,
     all_reduce_sum,
     backend_of,
+    is_lost_contact,
     peak_memory_bytes,
     pick_device,
     read_environment,
@@ -144,6 +147,46 @@ def test_a_single_process_has_all_groups_and_leaves_them(monkeypatch: pytest.Mon
         stop_runtime()
     assert not dist.is_initialized()
     stop_runtime()
+
+
+def start_two(monkeypatch: pytest.MonkeyPatch, port: int, *, timeout_seconds: float) -> None:
+    """What rank 0 of two does, in an environment that is taken back."""
+    values = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    cpu = torch.device("cpu")
+    start_runtime(read_environment(), Layout(2), device=cpu, timeout_seconds=timeout_seconds, kv_heads=4)
+
+
+def test_a_port_that_another_program_has_is_a_mistake_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError) as caught:
+            start_two(monkeypatch, port, timeout_seconds=30)
+    assert str(caught.value) == (
+        f"environment: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank 0 cannot listen on port {port} of "
+        f"{socket.gethostname()}: address already in use; end the program that has the port, or give all ranks another "
+        "MASTER_PORT that is free there (1024 to 65535)"
+    )
+    assert not is_lost_contact(caught.value)
+
+
+def test_ranks_that_never_came_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = r"MASTER_PORT=\d+: rank 0 of 2 did not meet the others: Timed out .* 1/2 clients joined; start all ranks"
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with pytest.raises(RunError, match=expected) as caught:
+            start_two(monkeypatch, held.getsockname()[1], timeout_seconds=1)
+    assert not is_lost_contact(caught.value)
+
+
+def test_a_store_that_falls_silent_is_lost_contact() -> None:
+    with pytest.raises(dist.DistStoreError) as caught:
+        dist.HashStore().wait(["never"], timedelta(milliseconds=10))
+    assert is_lost_contact(caught.value)
 
 
 def test_a_layout_of_another_size_is_a_defect() -> None:
