@@ -49,7 +49,8 @@ EXIT_STOPPED = 75  # asked to stop, saved, not finished: launchers start the run
 def run_training(run: RunConfig) -> int:
     """Train `run` on this rank of whatever launcher started it; returns the process's exit status.
 
-    Raises UserError, before any process group is made, where config, layout, files and machine do not go together.
+    Raises UserError, before any process group is made, where config, layout, files and machine do not go together, and
+    RunError where the ranks do not meet.
     """
     environment = read_environment()
     layout = fit_layout(run, environment.world_size)
@@ -89,7 +90,7 @@ def run_training(run: RunConfig) -> int:
         if not is_lost_contact(error):
             print(f"llama-dist train: {who} failed: {error!r}", file=sys.stderr)
             raise
-        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = str(error).splitlines()[0]
         print(
             f"llama-dist train: {who} has no contact with another rank, whose log in {run.folder}/logs may say why: "
             f"{reason}",
