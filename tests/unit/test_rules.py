@@ -36,7 +36,12 @@ MAX_FILE_LINES = 399
 MAX_FUNCTION_LINES = 60
 DEEPSPEED_FILES = ("llama_dist/pipeline/engine.py", "llama_dist/pipeline/partitions.py")
 # The chosen command; the readers of the formats that come (pyarrow and datasets take seconds); the texts of the stdlib.
-IMPORT_BY_NAME = ("llama_dist/cli.py", "llama_dist/data/inputs.py", "llama_dist/data/stdlib.py")
+IMPORT_BY_NAME = (
+    "llama_dist/cli.py",
+    "llama_dist/data/clean/filters.py",  # an optional dependency
+    "llama_dist/data/inputs.py",
+    "llama_dist/data/stdlib.py",
+)
 TORCH_FREE = ("errors.py", "files.py", "boxes.py", "layout.py", "cli.py", "pipeline/schedule.py", "train/optim.py")
 COLLECTIVES = (
     r"(torch\.distributed|dist)\."
