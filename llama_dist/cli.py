@@ -15,6 +15,7 @@ from llama_dist.errors import RunError, UserError
 COMMANDS = {
     "corpus": "gather real text that every machine already has, to try everything on",
     "tokenizer": "train a sentencepiece vocabulary",
+    "clean": "take out of text what a run should not learn from",
     "prepare": "turn text into token shards",
     "pack": "pack the documents of shards into samples, cutting few",
     "data": "say which documents a step is made of",
