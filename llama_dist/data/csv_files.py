@@ -64,7 +64,7 @@ class _Source:
     def __init__(self, file: io.BufferedReader, part: Part, reading: Reading) -> None:
         self._lines = lines_of(file, part, reading, stop=None)
         self._limit = reading.max_document_bytes
-        self.where = part.path
+        self._path = self.where = part.path
         self._fresh = True
         self._held = 0
         self.halves = False
@@ -77,9 +77,9 @@ class _Source:
         return self
 
     def __next__(self) -> str:
-        where, _, content = next(self._lines)
+        number, _, content = next(self._lines)
         if self._fresh:
-            self.where, self._fresh = where, False
+            self.where, self._fresh = f"{self._path}:{number}", False
         if isinstance(content, Skipped):
             raise _Abort(Skipped(self.where, content.reason, content.kind))
         self._held += len(content)

@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 from llama_dist.data.inputs import Part, kind_of
 from llama_dist.data.opening import BUFFER, TruncatedFile, open_input
@@ -25,12 +24,9 @@ from llama_dist.data.rows import (
 BOM = b"\xef\xbb\xbf"
 
 
-class Line(NamedTuple):
-    """A line with its end, or why it could not be read; `offset` is the content's first byte in the file."""
-
-    where: str
-    offset: int
-    content: bytes | Skipped
+# A line: its number, counted from 1 where the part begins, its first byte in the file, and its content, with the end of
+# the line, or why it could not be read.
+Line = tuple[int, int, bytes | Skipped]
 
 
 def read(part: Part, reading: Reading) -> Iterator[Document | Skipped]:
@@ -49,10 +45,11 @@ def read(part: Part, reading: Reading) -> Iterator[Document | Skipped]:
 
 
 def read_jsonl(file: io.BufferedReader, part: Part, reading: Reading) -> Iterator[Document | Skipped]:
-    for where, offset, line in lines_of(file, part, reading, stop=part.stop):
+    for number, offset, line in lines_of(file, part, reading, stop=part.stop):
         if isinstance(line, Skipped):
             yield line
             continue
+        where = where_of(part, number, offset)
         text = decoded(line, where, offset=offset)
         if isinstance(text, Skipped):
             yield text
@@ -64,7 +61,7 @@ def lines_of(file: io.BufferedReader, part: Part, reading: Reading, *, stop: int
     """The lines that begin at part.start or later, and before `stop`.
 
     Without the byte order mark; at most `max_document_bytes` and the newline are held of one. A file that ends too
-    early ends in a Line with the reason.
+    early ends in a line with the reason.
     """
     limit = reading.max_document_bytes
     number, offset = 1, part.start
@@ -73,25 +70,25 @@ def lines_of(file: io.BufferedReader, part: Part, reading: Reading, *, stop: int
             file.seek(offset - 1)  # the byte before may be the end of a line
             offset += _pass_over(file, room=None if stop is None else stop - offset + 1) - 1
         while (stop is None or offset < stop) and (line := file.readline(limit + 1)):
-            where, begin = _where(part, number, offset), offset
-            offset += len(line)
-            if len(line) > limit and not line.endswith(b"\n"):
+            size = len(line)
+            if size > limit and not line.endswith(b"\n"):
+                yield number, offset, too_long(where_of(part, number, offset), reading)
                 offset += _pass_over(file)
-                yield Line(where, begin, too_long(where, reading))
+            elif offset == 0 and line.startswith(BOM):
+                yield number, len(BOM), line[len(BOM) :]
             else:
-                mark = len(BOM) if begin == 0 and line.startswith(BOM) else 0
-                yield Line(where, begin + mark, line[mark:] if mark else line)
+                yield number, offset, line
+            offset += size
             number += 1
     except TruncatedFile as error:
-        where = _where(part, number, offset)
-        yield Line(where, offset, cut_short(where, error))
+        yield number, offset, cut_short(where_of(part, number, offset), error)
 
 
 def cut_short(where: str, error: Exception) -> Skipped:
     return Skipped(where, f"{shortened(str(error))}; from here on nothing of the file can be read", "file")
 
 
-def _where(part: Part, number: int, offset: int) -> str:
+def where_of(part: Part, number: int, offset: int) -> str:
     """The line, where it is known: to count those before a part would be to read all of the file before it."""
     return f"{part.path}@{offset}" if part.start else f"{part.path}:{number}"
 
@@ -135,11 +132,11 @@ def _whole(file: io.BufferedReader, part: Part, reading: Reading) -> Document | 
 
 
 def _each_line(file: io.BufferedReader, part: Part, reading: Reading) -> Iterator[Document | Skipped]:
-    for where, offset, line in lines_of(file, part, reading, stop=part.stop):
+    for number, offset, line in lines_of(file, part, reading, stop=part.stop):
         if isinstance(line, Skipped):
             yield line
         elif line.strip():
-            yield _text(line, where, offset, reading)
+            yield _text(line, where_of(part, number, offset), offset, reading)
 
 
 def _paragraphs(file: io.BufferedReader, part: Part, reading: Reading) -> Iterator[Document | Skipped]:
@@ -148,7 +145,7 @@ def _paragraphs(file: io.BufferedReader, part: Part, reading: Reading) -> Iterat
     where, offset, size = "", 0, 0
     lines: list[bytes] = []
     wrong: Skipped | None = None
-    for place, begin, content in lines_of(file, part, reading, stop=None):
+    for number, begin, content in lines_of(file, part, reading, stop=None):
         if isinstance(content, Skipped) and content.kind == "file":
             yield content  # a paragraph that ends too early is lost with what follows
             return
@@ -162,7 +159,7 @@ def _paragraphs(file: io.BufferedReader, part: Part, reading: Reading) -> Iterat
             own, size, lines, wrong = True, 0, [], None
         elif own:
             if not size:
-                where, offset = place, begin
+                where, offset = where_of(part, number, begin), begin
             size += len(content) if isinstance(content, bytes) else reading.max_document_bytes + 1
             if isinstance(content, Skipped) or size > reading.max_document_bytes:
                 lines, wrong = [], too_long(where, reading)
