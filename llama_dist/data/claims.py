@@ -10,6 +10,7 @@ from pathlib import Path
 FOLDER = 0  # held while the plan is written, and while the results are merged
 PRESENCE = 1  # held, shared, by each process that works in the folder
 FIRST_UNIT = 2
+TAKE, SHARE = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
 HELD = (errno.EAGAIN, errno.EACCES)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -35,7 +36,7 @@ class Claims:
 
     def take(self, unit: int) -> bool:
         """Claim a unit; False where another process holds it."""
-        return self._lock(fcntl.LOCK_EX, FIRST_UNIT + unit)
+        return self._lock(TAKE, FIRST_UNIT + unit)
 
     def release(self, unit: int) -> None:
         self._lock(fcntl.LOCK_UN, FIRST_UNIT + unit)
@@ -45,22 +46,22 @@ class Claims:
         return self.take(unit) and self._lock(fcntl.LOCK_UN, FIRST_UNIT + unit)
 
     def take_folder(self) -> bool:
-        return self._lock(fcntl.LOCK_EX, FOLDER)
+        return self._lock(TAKE, FOLDER)
 
     def release_folder(self) -> None:
         self._lock(fcntl.LOCK_UN, FOLDER)
 
     def be_present(self) -> bool:
         """Say that this process works here; False where another is removing the folder."""
-        return self._lock(fcntl.LOCK_SH, PRESENCE)
+        return self._lock(SHARE, PRESENCE)
 
     def is_alone(self) -> bool:
         """Whether no other process works here; then none can begin to either, until this one is closed."""
-        return self.shared and self._lock(fcntl.LOCK_EX, 0, length=0)
+        return self.shared and self._lock(TAKE, 0, length=0)
 
     def _lock(self, how: int, start: int, length: int = 1) -> bool:
         try:
-            fcntl.lockf(self._handle, how | fcntl.LOCK_NB, length, start)
+            fcntl.lockf(self._handle, how, length, start)
         except OSError as error:
             if error.errno in NO_LOCKS:
                 self.shared = False

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_dist.data.shards import DTYPES, HEADER, MAGIC, dtype_for
+from llama_dist.data.megatron import DTYPES, HEADER, MAGIC, dtype_for
 from llama_dist.errors import UserError
 from llama_dist.files import HashingFile
 
