@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from llama_dist.data.storage import Storage, read_all
+from llama_dist.data.storage import Storage
 from llama_dist.errors import UserError
 
 MANIFEST = "MANIFEST.json"
@@ -71,8 +71,7 @@ SCHEMA = TypeAdapter(Manifest)
 
 def read_manifest(storage: Storage) -> Manifest:
     """The manifest of the shard directory at a storage. Raises UserError where it is missing or is not one."""
-    file = storage.open(MANIFEST)
-    content = read_all(file)
+    content = storage.read(MANIFEST)
     try:
         return SCHEMA.validate_json(content, strict=True)
     except ValidationError as error:
@@ -87,4 +86,4 @@ def read_manifest(storage: Storage) -> Manifest:
             problem = "is that of something else, not of a shard directory"
         elif isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:
             problem = f"format is {values['format']!r}; this version reads {FORMAT!r}; make the shards again"
-        raise UserError(f"{file.path}: {problem}") from error
+        raise UserError(f"{storage.path}/{MANIFEST}: {problem}") from error

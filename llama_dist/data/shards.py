@@ -17,8 +17,9 @@ import xxhash
 
 from llama_dist.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 from llama_dist.data.megatron import DTYPES, HEADER, MAGIC, Index, dtype_for
-from llama_dist.data.storage import File, LocalStorage, Storage
-from llama_dist.errors import UserError
+from llama_dist.data.remote import is_url, open_storage
+from llama_dist.data.storage import File, Storage
+from llama_dist.errors import RunError, UserError
 from llama_dist.files import check_file
 
 __all__ = [
@@ -29,13 +30,11 @@ MAX_OPEN_INDEXES = 16
 
 
 def load_manifest(path: str | Path) -> Manifest:
-    """Read the manifest of a shard directory. Raises UserError where there is none or it is not one."""
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no such shard directory; make one with `llama-dist prepare`")
-    if not (path / MANIFEST).is_file():
-        raise UserError(f"{path}: has no {MANIFEST}, so it is not a finished shard directory; make it again")
-    return read_manifest(LocalStorage(path))
+    """Read the manifest of a shard directory or URL. Raises UserError where there is none or it is not one."""
+    storage = open_storage(path)
+    if not storage.exists(MANIFEST):
+        raise _no_manifest(path)
+    return read_manifest(storage)
 
 
 def verify(path: str | Path) -> None:
@@ -60,41 +59,46 @@ def find_damage(path: str | Path, *, part: int = 0, parts: int = 1) -> list[str]
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair by name, and the sizes in bytes that its files must have (`idx_bytes` None: any)."""
+    """A pair by name, and the sizes and checksums that its files must have (None: any)."""
 
     name: str
     bin_bytes: int
-    idx_bytes: int | None
-    documents: int | None
+    idx_bytes: int | None = None
+    documents: int | None = None
+    bin_checksum: str | None = None
+    idx_checksum: str | None = None
 
 
 class Shards:
     """Reads a shard directory, or one Megatron pair given by its prefix (then `manifest` is None).
 
-    Opening reads MANIFEST.json and no more, however large the corpus is; pairs are opened, and their sizes checked,
-    when they are first read. Tokens come through `pread`, not a memory map: the page cache serves both alike, but
-    mapped pages count as the memory of each rank that touched them, and a file cut short under a map is a bus error
-    rather than a message. Several threads may read at once.
+    Either is a path or a URL; `storage`, the same place opened, says where blocks of remote files are kept. Opening
+    reads MANIFEST.json and no more, however large the corpus is; pairs are opened, and their sizes checked, when they
+    are first read. Tokens come through `pread`, not a memory map: the page cache serves both alike, but mapped pages
+    count as the memory of each rank that touched them, and a file cut short under a map is a bus error rather than a
+    message. Several threads may read at once.
 
-    Raises UserError for what is missing, cut short or not of the format: here, or at the first use of a pair.
+    Raises UserError for what is missing, cut short or not of the format: here, or at the first use of a pair;
+    RunError for a server that fails.
     """
 
     manifest: Manifest | None = None
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._storage: Storage
-        if not self.path.is_dir() and Path(f"{path}.idx").is_file():
-            self._storage = LocalStorage(self.path.parent)
-            index = Index(self._storage.open(f"{self.path.name}.idx"))
-            self.dtype = index.dtype
-            self._pairs = [Pair(self.path.name, index.num_bytes, None, index.num_documents)]
-            self._storage.open(f"{self.path.name}.bin", index.num_bytes)
-        else:
-            self._storage = LocalStorage(self.path)
-            self.manifest = load_manifest(path)
+    def __init__(self, path: str | Path, *, storage: Storage | None = None) -> None:
+        self.path = str(path) if is_url(path) else Path(path)
+        self._storage = storage or open_storage(path)
+        if self._storage.exists(MANIFEST):
+            self.manifest = read_manifest(self._storage)
             self.dtype = np.dtype(self.manifest.dtype)
-            self._pairs = _pairs_of(self.manifest, where=str(self.path))
+            self._pairs = _pairs_of(self.manifest, where=str(path))
+        else:
+            self._storage, name = self._storage.parent()
+            if not self._storage.exists(f"{name}.idx"):
+                raise _no_manifest(path)
+            index = Index(self._storage.open(f"{name}.idx"))
+            self.dtype = index.dtype
+            self._pairs = [Pair(name, index.num_bytes, documents=index.num_documents)]
+            self._storage.open(f"{name}.bin", index.num_bytes)
         tokens = [pair.bin_bytes // self.dtype.itemsize for pair in self._pairs]
         self._token_starts = [0, *accumulate(tokens)]
         self.num_tokens = self._token_starts[-1]
@@ -123,6 +127,8 @@ class Shards:
         first, last = tokens[order[0]], tokens[order[-1]]
         assert 0 <= first and last + length <= self.num_tokens, f"rows {first} to {last + length} of {self.num_tokens}"
         buffer, itemsize, row_bytes = memoryview(found).cast("B"), self.dtype.itemsize, length * self.dtype.itemsize
+        if self._storage.slow:
+            self.prefetch(starts, length)
         begin = end = 0
         for i in order:
             row, token = buffer[i * row_bytes : (i + 1) * row_bytes], tokens[i]
@@ -143,7 +149,7 @@ class Shards:
             try:
                 pair = self._pair_at(start)
                 self._bin(pair).prefetch((start - self._token_starts[pair]) * itemsize, length * itemsize)
-            except (UserError, IndexError):  # whoever reads it will be told
+            except (UserError, RunError, IndexError):  # whoever reads it will be told
                 return
 
     def document(self, i: int) -> np.ndarray:
@@ -178,7 +184,7 @@ class Shards:
     def check_sizes(self) -> None:
         """Raise UserError where a file is missing or not of the size in the manifest, without reading any."""
         for pair in self._pairs:
-            self._storage.open(f"{pair.name}.bin", pair.bin_bytes)
+            self._storage.open(f"{pair.name}.bin", pair.bin_bytes)  # without a checksum: looked for
             self._storage.open(f"{pair.name}.idx", pair.idx_bytes)
 
     def sample_checksums(self) -> dict[str, str]:
@@ -204,7 +210,8 @@ class Shards:
             done += count
 
     def _bin(self, i: int) -> File:
-        return self._open(f"{self._pairs[i].name}.bin", self._pairs[i].bin_bytes)
+        pair = self._pairs[i]
+        return self._open(f"{pair.name}.bin", pair.bin_bytes, pair.bin_checksum)
 
     def _index(self, i: int) -> Index:
         return self._open_index(self._pairs[i])
@@ -228,6 +235,12 @@ class Shards:
         )
 
 
+def _no_manifest(path: str | Path) -> UserError:
+    if not is_url(path) and not Path(path).is_dir():
+        return UserError(f"{path}: there is no such shard directory; make one with `llama-dist prepare`")
+    return UserError(f"{path}: has no {MANIFEST}, so it is not a finished shard directory; make it again")
+
+
 def _pairs_of(manifest: Manifest, *, where: str) -> list[Pair]:
     """The pairs of a shard directory, in the manifest's order."""
     pairs = []
@@ -238,13 +251,14 @@ def _pairs_of(manifest: Manifest, *, where: str) -> list[Pair]:
         index = manifest.files.get(f"{stem}.idx")
         if index is None:
             raise UserError(f"{where}: {MANIFEST} names {name} and no {stem}.idx; make the shards again")
-        pairs.append(Pair(stem, entry["bytes"], index["bytes"], entry.get("documents")))
+        sums = (entry["xxh3_128"], index["xxh3_128"])
+        pairs.append(Pair(stem, entry["bytes"], index["bytes"], entry.get("documents"), *sums))
     return pairs
 
 
 def _open_index(storage: Storage, dtype: np.dtype, pair: Pair) -> Index:
     """The index of a pair, which must be of the tokens that the manifest tells of."""
-    file = storage.open(f"{pair.name}.idx", pair.idx_bytes)
+    file = storage.open(f"{pair.name}.idx", pair.idx_bytes, pair.idx_checksum)
     index = Index(file)
     found = (index.dtype, index.num_bytes, index.num_documents)
     documents = index.num_documents if pair.documents is None else pair.documents

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from llama_dist.errors import UserError
+from llama_dist.files import BLOCK
 
 
 class File(Protocol):
@@ -26,12 +28,31 @@ class File(Protocol):
 
 
 class Storage(Protocol):
-    """A folder of files. `path` is for messages."""
+    """A folder of files. `path` is for messages; `slow`: what will be read is better asked for ahead, all at once."""
 
     path: str
+    slow: bool
 
-    def open(self, name: str, size: int | None = None) -> File:
-        """Raises UserError where there is no such file, or it is not of the expected `size`."""
+    def parent(self) -> tuple[Storage, str]:
+        """The folder that this is in, and its name there."""
+        ...
+
+    def exists(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> bytes:
+        """The whole of a small file."""
+        ...
+
+    def open(self, name: str, size: int | None = None, checksum: str | None = None) -> File:
+        """Raises UserError where there is no such file, or it is not of the expected `size`.
+
+        The checksum is not looked at; it only tells contents apart. Where both are given, a remote file is not looked
+        for before it is read.
+        """
+        ...
+
+    def whole(self, name: str, size: int) -> Iterator[bytes]:
+        """All of a file, past any cache. `size` is the expected one; more or less may come."""
         ...
 
 
@@ -78,12 +99,35 @@ class LocalFile:
 class LocalStorage:
     """A folder of this machine, or of a file system that it has mounted."""
 
+    slow = False
+
     def __init__(self, folder: Path) -> None:
         self.path = str(folder)
         self._folder = folder
 
-    def open(self, name: str, size: int | None = None) -> File:
+    def parent(self) -> tuple[Storage, str]:
+        return LocalStorage(self._folder.parent), self._folder.name
+
+    def exists(self, name: str) -> bool:
+        return (self._folder / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        file = self.open(name)
+        content = bytearray(file.size)
+        file.read_into(memoryview(content), 0)
+        return bytes(content)
+
+    def open(self, name: str, size: int | None = None, checksum: str | None = None) -> File:
         return LocalFile(self._folder / name, size)
+
+    def whole(self, name: str, size: int) -> Iterator[bytes]:
+        path = self._folder / name
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while block := file.read(BLOCK):
+                    yield block
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def check_size(path: str, found: int, expected: int | None) -> None:
@@ -91,10 +135,3 @@ def check_size(path: str, found: int, expected: int | None) -> None:
     if expected is not None and found != expected:
         what = "is cut short" if found < expected else "is too long"
         raise UserError(f"{path}: {what}: {found} bytes, expected {expected}; copy or make the shards again")
-
-
-def read_all(file: File) -> bytes:
-    """The whole of a small file."""
-    content = bytearray(file.size)
-    file.read_into(memoryview(content), 0)
-    return bytes(content)
