@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reading = parser.add_argument_group("reading")
     usual = Reading()
     reading.add_argument(
-        "--text-column", default=usual.text, metavar="NAME", help=f"the column or key of the text (default: {usual.text})"
+        "--text-column", default=usual.text, metavar="NAME", help=f"key or column of the text (default: {usual.text})"
     )
     reading.add_argument("--template", metavar="TEXT", help='text of several columns, such as "{question} {answer}"')
     reading.add_argument(

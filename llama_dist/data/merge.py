@@ -29,50 +29,53 @@ INPUTS = "inputs.jsonl"
 
 
 def merge(
-    folder: Path, out: Path, *, inputs: Sequence[Input], units: list[Unit], tally: Tally, plan: Plan,
-    tokenizer: Tokenizer, tokenizer_path: str, command: str,
-) -> Manifest:  # fmt: skip
-    """Make the finished units of a folder a shard directory, and rename the folder to `out`.
+    folder: Path, *, inputs: Sequence[Input], units: list[Unit], tally: Tally, plan: Plan, tokenizer: Tokenizer,
+    tokenizer_path: str, command: str,
+) -> None:  # fmt: skip
+    """Make the finished units of a folder a shard directory, whose MANIFEST.json comes last.
 
     Files are moved and nothing is read again, so this takes seconds for any amount; a kill at any point leaves what
     the next call goes on from. The caller holds the claim of the folder. Raises UserError where no document came, or
     the inputs are not what they were when the work was begun.
     """
-    if not (folder / MANIFEST).exists():
-        if changed := changed_input(plan.inputs, identify(inputs)):
-            raise UserError(f"{changed}: it changed while it was read; remove {folder} and prepare again")
-        if not tally.documents:
-            names = ", ".join(item.path for item in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
-            raise UserError(f"{names}: no documents with text; give at least one file that has some")
-        counts = _sum_of_counts(folder, units, tokenizer.vocab_size)
-        files = _move_pairs(folder, units, tally.records)
-        if tally.faults:
-            files[SKIPPED] = _write_skipped(folder, units)
-        told = plan.inputs
-        if len(told) > MAX_INPUTS:
-            files[INPUTS] = _write_lines(folder / INPUTS, [json.dumps(item) for item in told])
-            told = [summary(told)]
-        made_by = {
-            "file": tokenizer_path,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-        }
-        manifest = Manifest(
-            tokens=sum(record.tokens for record in tally.records),
-            documents=tally.documents,
-            raw_bytes=sum(record.raw_bytes for record in tally.records),
-            unigram_entropy=unigram_entropy(counts),
-            dtype=dtype_for(tokenizer.vocab_size).name,  # type: ignore[arg-type]
-            tokenizer=made_by,  # type: ignore[arg-type]
-            inputs=told,
-            files=files,  # type: ignore[arg-type]
-            command=command,
-            reading=plan.reading,
-            skipped=dict(sorted(tally.skipped.items())),
-        )
-        write_file(folder / MANIFEST, manifest.to_json())
+    if changed := changed_input(plan.inputs, identify(inputs)):
+        raise UserError(f"{changed}: it changed while it was read; remove {folder} and prepare again")
+    if not tally.documents:
+        names = ", ".join(item.path for item in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
+        raise UserError(f"{names}: no documents with text; give at least one file that has some")
+    counts = _sum_of_counts(folder, units, tokenizer.vocab_size)
+    files = _move_pairs(folder, units, tally.records)
+    if tally.faults:
+        files[SKIPPED] = _write_skipped(folder, units)
+    told = plan.inputs
+    if len(told) > MAX_INPUTS:
+        files[INPUTS] = _write_lines(folder / INPUTS, [json.dumps(item) for item in told])
+        told = [summary(told)]
+    made_by = {
+        "file": tokenizer_path,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+    }
+    manifest = Manifest(
+        tokens=sum(record.tokens for record in tally.records),
+        documents=tally.documents,
+        raw_bytes=sum(record.raw_bytes for record in tally.records),
+        unigram_entropy=unigram_entropy(counts),
+        dtype=dtype_for(tokenizer.vocab_size).name,  # type: ignore[arg-type]
+        tokenizer=made_by,  # type: ignore[arg-type]
+        inputs=told,
+        files=files,  # type: ignore[arg-type]
+        command=command,
+        reading=plan.reading,
+        skipped=dict(sorted(tally.skipped.items())),
+    )
+    write_file(folder / MANIFEST, manifest.to_json())
+
+
+def publish(folder: Path, out: Path) -> Manifest:
+    """Rid a folder that has its MANIFEST.json of all that was needed to make it, and rename it to `out`."""
     manifest = load_manifest(folder)
     for entry in os.scandir(folder):
         if entry.is_dir():

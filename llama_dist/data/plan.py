@@ -18,6 +18,7 @@ import xxhash
 from llama_dist.data.claims import Claims
 from llama_dist.data.files import checksum_of
 from llama_dist.data.inputs import Input
+from llama_dist.data.manifest import MANIFEST
 from llama_dist.data.rows import Reading
 from llama_dist.errors import UserError
 from llama_dist.files import write_file
@@ -79,14 +80,15 @@ def begun(folder: Path, plan: Plan) -> Iterator[Claims]:
     Raises UserError where it holds another plan's work, or something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / PLAN).exists() and any(not name.startswith((LOCKS, PLAN)) for name in os.listdir(folder)):
+    there = os.listdir(folder)
+    if not {PLAN, MANIFEST}.intersection(there) and any(not name.startswith((LOCKS, PLAN)) for name in there):
         raise UserError(f"{folder}: is there and is no work that was begun; remove it, or choose another --out")
     with Claims(folder / LOCKS) as claims:
         while not (claims.be_present() and claims.take_folder()):
             time.sleep(WAIT_SECONDS)  # another process looks at the plan too, or merges
         if (folder / PLAN).exists():
             _compare(folder, plan)
-        else:
+        elif not (folder / MANIFEST).exists():  # all is done, and a kill came just before the folder was renamed
             write_file(folder / PLAN, json.dumps(asdict(plan)).encode())
         claims.release_folder()
         yield claims

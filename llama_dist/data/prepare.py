@@ -21,7 +21,8 @@ from llama_dist.data.claims import Claims
 from llama_dist.data.files import is_free
 from llama_dist.data.inputs import Input, list_inputs
 from llama_dist.data.manifest import MANIFEST, Manifest
-from llama_dist.data.merge import MAX_INPUTS, merge, summary
+from llama_dist.data.merge import MAX_INPUTS, merge, publish, summary
+from llama_dist.data.opening import is_url
 from llama_dist.data.plan import Plan, begun, contents, differing, identify
 from llama_dist.data.progress import SpokenProgress
 from llama_dist.data.rows import Reading
@@ -107,14 +108,15 @@ def prepare(
         raise UserError(f"node_rank={node.rank}, num_nodes={node.count}: nodes are numbered from 0 to num_nodes - 1")
     limit = SkipLimit(max_skipped)
     tokenizer = load_tokenizer(tokenizer_path)
-    found = list_inputs(inputs)
+    out = Path(out) if Path(out).name else Path(out).resolve()
+    folder = out.with_name(f"{out.name}.partial")
+    found = _without_own(list_inputs(inputs), [folder, *[out] * (out / MANIFEST).is_file()])
     size = unit_bytes or unit_size(found)
     plan = Plan(tokenizer.fingerprint, asdict(reading), size, pair_tokens, identify(found))
-    out = Path(out) if Path(out).name else Path(out).resolve()
     if not is_free(out):
         return Prepared(_finished(out, plan), already_there=True)
     work = Work(
-        job=Job(out.with_name(f"{out.name}.partial"), str(tokenizer_path), tokenizer.fingerprint, reading, pair_tokens),
+        job=Job(folder, str(tokenizer_path), tokenizer.fingerprint, reading, pair_tokens),
         inputs=found,
         units=units_of(found, size),
         plan=plan,
@@ -140,6 +142,12 @@ def find_node(env: Mapping[str, str]) -> Node:
         if all(number.isdecimal() for number in numbers) and int(numbers[0]) < int(numbers[1]):
             return Node(int(numbers[0]), int(numbers[1]))
     return Node()
+
+
+def _without_own(inputs: list[Input], folders: list[Path]) -> list[Input]:
+    """Without what this work itself has written where the folder of its inputs holds its shards, too."""
+    own = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
+    return [item for item in inputs if is_url(item.path) or not os.path.abspath(item.path).startswith(own)]
 
 
 def _cores() -> int:
@@ -180,22 +188,27 @@ def _try_to_make(work: Work, claims: Claims, progress: SpokenProgress) -> Manife
 
 
 def _make(work: Work, claims: Claims, progress: SpokenProgress) -> Manifest:
-    tally = Tally(work.job.folder, work.units, work.limit)
-    _do_units(work, claims, tally, progress)
+    folder = work.job.folder
+    tally = Tally(folder, work.units, work.limit)
+    if not (folder / MANIFEST).exists():
+        _do_units(work, claims, tally, progress)
     while not claims.take_folder():
         time.sleep(0.05)  # another process puts it together
-    tally.advance()
-    return merge(
-        work.job.folder,
-        work.out,
-        inputs=work.inputs,
-        units=work.units,
-        tally=tally,
-        plan=work.plan,
-        tokenizer=work.tokenizer,
-        tokenizer_path=work.job.tokenizer,
-        command=work.command,
-    )
+    if (folder / MANIFEST).exists():  # a kill came after that
+        _finished(folder, work.plan)
+    else:
+        tally.advance()
+        merge(
+            folder,
+            inputs=work.inputs,
+            units=work.units,
+            tally=tally,
+            plan=work.plan,
+            tokenizer=work.tokenizer,
+            tokenizer_path=work.job.tokenizer,
+            command=work.command,
+        )
+    return publish(folder, work.out)
 
 
 def _do_units(work: Work, claims: Claims, tally: Tally, progress: SpokenProgress) -> None:
@@ -261,12 +274,13 @@ def _command(
     """The command line that makes the same shards; processes and nodes are no part of it."""
     words = ["llama-dist", "prepare", *map(str, inputs), "--tokenizer", str(tokenizer), "--out", str(out)]
     usual = Reading()
+    mib = 1 << 20
     options = {
         "--text-column": (reading.text, usual.text),
         "--template": (reading.template, usual.template),
         "--id-column": (reading.id, usual.id),
         "--txt": (reading.txt, usual.txt),
-        "--max-document-mb": (f"{reading.max_document_bytes / (1 << 20):g}", f"{usual.max_document_bytes / (1 << 20):g}"),
+        "--max-document-mb": (f"{reading.max_document_bytes / mib:g}", f"{usual.max_document_bytes / mib:g}"),
         "--max-skipped": (max_skipped, MAX_SKIPPED),
     }
     for option, (value, default) in options.items():

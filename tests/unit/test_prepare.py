@@ -35,7 +35,7 @@ def test_any_number_of_workers_and_nodes_writes_the_same(tmp_path: Path, monkeyp
     assert found[1:] == found[:1] * 3
 
 
-@pytest.mark.parametrize("unit_bytes", [1, 300, 1000, 7000, 10**9])
+@pytest.mark.parametrize("unit_bytes", [100, 300, 1000, 7000, 10**9])
 def test_any_cut_gives_the_same_tokens(tmp_path: Path, unit_bytes: int) -> None:
     texts = [text_of(i, words=1 + i * i % 200) for i in range(40)]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
@@ -44,7 +44,7 @@ def test_any_cut_gives_the_same_tokens(tmp_path: Path, unit_bytes: int) -> None:
     expected = [[1, *tokenizer.encode(text), 2] for text in texts]
     assert [shards.document(i).tolist() for i in range(shards.num_documents)] == expected
     pairs = len(list((tmp_path / "out").glob("*.bin")))
-    assert pairs == {1: 40, 10**9: 1}.get(unit_bytes, pairs)
+    assert pairs == 1 if unit_bytes == 10**9 else 30 < pairs <= 40 if unit_bytes == 100 else 1 < pairs < 40
 
 
 def test_documents_are_bos_ids_eos(tmp_path: Path) -> None:
@@ -150,7 +150,8 @@ def test_other_settings_of_reading_are_another_result(tmp_path: Path) -> None:
     source, out = tmp_path / "a.txt", tmp_path / "out"
     source.write_text("the cat\n\nthe hat\nof a cat\n")
     for txt, count in (("file", 1), ("line", 3), ("paragraph", 2)):
-        manifest = prepare([source], small_tokenizer(), tmp_path / txt, reading=Reading(txt=txt)).manifest  # type: ignore
+        reading = Reading(txt=txt)  # type: ignore[arg-type]
+        manifest = prepare([source], small_tokenizer(), tmp_path / txt, reading=reading).manifest
         assert (manifest.documents, manifest.reading["txt"]) == (count, txt)
     prepare([source], small_tokenizer(), out)
     with pytest.raises(UserError, match="read in another way: txt 'file' then, 'line' now"):
