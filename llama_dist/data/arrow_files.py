@@ -70,8 +70,8 @@ def _read_stream(file: io.BufferedReader, part: Part, reading: Reading) -> Itera
             yield from _documents(batch, number, part, reading)
             number += 1
         file.seek(max(file.tell() - len(END_OF_STREAM), 0), os.SEEK_SET)
-        if file.read(len(END_OF_STREAM)) != END_OF_STREAM:
-            raise ValueError("it ends without the mark of its end: batches may be missing")
+        if file.read(len(END_OF_STREAM) + 1) != END_OF_STREAM:
+            raise ValueError("the mark of the end is not at the end of the file: batches may be missing")
     except BROKEN as error:
         yield broken(f"{part.path}:{number + 1}", error)
 

@@ -22,7 +22,10 @@ class _Abort(Exception):
 
 
 def read(part: Part, reading: Reading) -> Iterator[Document | Skipped]:
-    """A row is called by the line on which it begins. Raises UserError where the first row lacks a column's name."""
+    """A row is called by the line on which it begins. Raises UserError where the first row lacks a column's name.
+
+    That a file is cut short can only be seen where a quote is open or fields are missing.
+    """
     with open_input(part.path, sequential=True) as file:
         source = _Source(file, part, reading)
         delimiter = "\t" if name_of(part.path).removesuffix(compression_of(part.path) or "").endswith(".tsv") else ","
@@ -36,11 +39,9 @@ def read(part: Part, reading: Reading) -> Iterator[Document | Skipped]:
                 row = next(rows, None)
             except (_Abort, csv.Error) as error:
                 skipped = _told(error, source.where)
-                if names is None and skipped.kind != "file":
+                if names is None:
                     raise UserError(f"{skipped}; the first row must name the columns") from error
                 yield skipped
-                if skipped.kind == "file":
-                    return
                 continue
             if row is None:
                 return

@@ -21,9 +21,9 @@ def read_part(part: Part, reading: Reading = AS_USUAL) -> Iterator[Document | Sk
 
     A byte order mark at the beginning of a file is dropped, and in .txt a CRLF is read as a newline. Blank lines of
     .jsonl are no documents. What is in memory is a few times a document, or the unit of the format: a page of a
-    .parquet column, a record batch of an .arrow file. A file that ends too early is read as far as it goes, and then a
-    Skipped of kind "file" comes. Raises UserError for a file that is not there or that the disk or the network does not
-    give, and for a table without the columns that `reading` names.
+    .parquet column, a record batch of an .arrow file. Of a compressed file that is damaged or ends too
+    early only a Skipped of kind "file" comes. Raises UserError for a file that is not there or that the disk or the
+    network does not give, and for a table without the columns that `reading` names.
     """
     kind = kind_of(part.path)
     if kind is None:
@@ -33,10 +33,12 @@ def read_part(part: Part, reading: Reading = AS_USUAL) -> Iterator[Document | Sk
         for item in reader_of(kind).read(part, reading):
             came = True
             yield item
+        if not came and part == Part(part.path, bytes=part.bytes):
+            yield Skipped(part.path, "the file has no documents", "empty")
     except DamagedFile as error:
-        reason = f"the file is damaged ({shortened(str(error))}); fetch it again"
+        reason = f"the file is damaged ({shortened(str(error))}) and nothing of it is used; fetch it again"
         if came:  # only possible for a URL: the text that came already may be wrong
-            raise UserError(f"{part.path}: {reason}, or leave it out") from error
+            raise UserError(f"{part.path}: the file is damaged ({shortened(str(error))}); leave it out") from error
         yield Skipped(part.path, reason, "file")
     except OSError as error:
         raise UserError(f"{part.path}: cannot be read: {error.strerror or error}") from error

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llama_dist.data.inputs import Part
-from llama_dist.data.lines import BOM, cut_short, read_jsonl
-from llama_dist.data.opening import BUFFER, TruncatedFile, open_input
+from llama_dist.data.lines import BOM, read_jsonl
+from llama_dist.data.opening import BUFFER, open_input
 from llama_dist.data.rows import Document, Reading, Skipped, make_document, shortened, too_long
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -20,11 +20,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 def read(part: Part, reading: Reading) -> Iterator[Document | Skipped]:
     """An array's documents are numbered from 1. What follows an item that is broken or too long cannot be found."""
     with open_input(part.path, sequential=True) as file:
-        try:
-            begin = file.peek(BUFFER).removeprefix(BOM).lstrip()
-        except TruncatedFile as error:
-            yield cut_short(part.path, error)
-            return
+        begin = file.peek(BUFFER).removeprefix(BOM).lstrip()
         if begin.startswith(b"["):
             yield from _read_array(file, part, reading)
         else:
@@ -51,8 +47,6 @@ def _read_array(file: io.BufferedReader, part: Part, reading: Reading) -> Iterat
                 yield Skipped(where, f'no string "{reading.columns[0]}" (found: {type(item).__name__})', "column")
         if window.next():
             yield Skipped(f"{part.path}:{number + 1}", "there is more after the end of the array", "json")
-    except TruncatedFile as error:
-        yield cut_short(f"{part.path}:{number}", error)
     except OverflowError:
         long = too_long(f"{part.path}:{number}", reading)
         yield replace(long, reason=f"{long.reason}; what follows it in the array cannot be found")

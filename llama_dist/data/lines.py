@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llama_dist.data.inputs import Part, kind_of
-from llama_dist.data.opening import BUFFER, TruncatedFile, open_input
+from llama_dist.data.opening import BUFFER, open_input
 from llama_dist.data.rows import (
     Document,
     Reading,
@@ -60,32 +60,24 @@ def read_jsonl(file: io.BufferedReader, part: Part, reading: Reading) -> Iterato
 def lines_of(file: io.BufferedReader, part: Part, reading: Reading, *, stop: int | None) -> Iterator[Line]:
     """The lines that begin at part.start or later, and before `stop`.
 
-    Without the byte order mark; at most `max_document_bytes` and the newline are held of one. A file that ends too
-    early ends in a line with the reason.
+    Without the byte order mark; at most `max_document_bytes` and the newline are held of one.
     """
     limit = reading.max_document_bytes
     number, offset = 1, part.start
-    try:
-        if offset:
-            file.seek(offset - 1)  # the byte before may be the end of a line
-            offset += _pass_over(file, room=None if stop is None else stop - offset + 1) - 1
-        while (stop is None or offset < stop) and (line := file.readline(limit + 1)):
-            size = len(line)
-            if size > limit and not line.endswith(b"\n"):
-                yield number, offset, too_long(where_of(part, number, offset), reading)
-                offset += _pass_over(file)
-            elif offset == 0 and line.startswith(BOM):
-                yield number, len(BOM), line[len(BOM) :]
-            else:
-                yield number, offset, line
-            offset += size
-            number += 1
-    except TruncatedFile as error:
-        yield number, offset, cut_short(where_of(part, number, offset), error)
-
-
-def cut_short(where: str, error: Exception) -> Skipped:
-    return Skipped(where, f"{shortened(str(error))}; from here on nothing of the file can be read", "file")
+    if offset:
+        file.seek(offset - 1)  # the byte before may be the end of a line
+        offset += _pass_over(file, room=None if stop is None else stop - offset + 1) - 1
+    while (stop is None or offset < stop) and (line := file.readline(limit + 1)):
+        size = len(line)
+        if size > limit and not line.endswith(b"\n"):
+            yield number, offset, too_long(where_of(part, number, offset), reading)
+            offset += _pass_over(file)
+        elif offset == 0 and line.startswith(BOM):
+            yield number, len(BOM), line[len(BOM) :]
+        else:
+            yield number, offset, line
+        offset += size
+        number += 1
 
 
 def where_of(part: Part, number: int, offset: int) -> str:
@@ -115,14 +107,11 @@ def _parse(line: str, where: str, reading: Reading) -> Document | Skipped:
 
 def _whole(file: io.BufferedReader, part: Part, reading: Reading) -> Document | Skipped:
     content = bytearray()
-    try:
-        while block := file.read1(BUFFER):
-            content += block
-            if len(content) > reading.max_document_bytes:
-                long = too_long(part.path, reading)
-                return replace(long, reason=f"{long.reason}, or read the file line by line or by paragraphs")
-    except TruncatedFile as error:
-        return cut_short(part.path, error)
+    while block := file.read1(BUFFER):
+        content += block
+        if len(content) > reading.max_document_bytes:
+            long = too_long(part.path, reading)
+            return replace(long, reason=f"{long.reason}, or read the file line by line or by paragraphs")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -146,9 +135,6 @@ def _paragraphs(file: io.BufferedReader, part: Part, reading: Reading) -> Iterat
     lines: list[bytes] = []
     wrong: Skipped | None = None
     for number, begin, content in lines_of(file, part, reading, stop=None):
-        if isinstance(content, Skipped) and content.kind == "file":
-            yield content  # a paragraph that ends too early is lost with what follows
-            return
         blank = isinstance(content, bytes) and not content.strip()
         beyond = part.stop is not None and begin >= part.stop
         if blank or (beyond and not own):

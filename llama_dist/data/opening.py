@@ -28,12 +28,11 @@ ZSTD_WINDOW = 1 << 31  # as `zstd --long=31` writes
 NOT_THERE = "there is no such file"
 
 
-class TruncatedFile(Exception):
-    """A compressed file that ends too early; all that came before is as it was written."""
-
-
 class DamagedFile(Exception):
-    """A compressed file whose bytes are not those that were written; what came before may be wrong, too."""
+    """A compressed file that is not what was written; what was unpacked before that was found may be wrong, too.
+
+    That holds for one that ends too early as well: where a wrong bit hides the end, all is garbled from there on.
+    """
 
 
 def is_url(path: str) -> bool:
@@ -67,8 +66,8 @@ def open_raw(path: str, *, sequential: bool = False) -> Iterator[io.BufferedRead
 def open_input(path: str, *, sequential: bool = False) -> Iterator[io.BufferedReader]:
     """The bytes of a file, unpacked where its suffix says so.
 
-    Reading raises OSError, UserError for a URL that fails, TruncatedFile and DamagedFile. A compressed file on this
-    machine is read twice: first to its end, since only there is its checksum, so that no damaged text comes out.
+    Opening and reading raise OSError, UserError for a URL that fails, and DamagedFile. A compressed file on this
+    machine is read twice: first to its end, where its checksum is, so that no damaged text comes out.
     """
     compression = compression_of(path)
     if compression is None:
@@ -99,12 +98,9 @@ def remote(path: str) -> Iterator[None]:
 
 
 def _check(path: str, compression: str) -> None:
-    """Read a compressed file to its end. Raises DamagedFile; that it is truncated is found again when it is read."""
+    """Read a compressed file to its end. Raises DamagedFile."""
     with open_raw(path) as raw, io.BufferedReader(_Unpacked(raw, compression), BUFFER) as file:
-        try:
-            while file.read1(BUFFER):
-                pass
-        except TruncatedFile:
+        while file.read1(BUFFER):
             pass
 
 
@@ -135,7 +131,7 @@ class _Remote(io.RawIOBase):
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a compressed file: whatever has been unpacked when an error comes is handed out before it."""
+    """The content of a compressed file."""
 
     def __init__(self, raw: io.BufferedReader, compression: str) -> None:
         self._empty = not raw.peek(1)
@@ -146,11 +142,11 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if self._empty:
-            raise TruncatedFile("it is empty")
+            raise DamagedFile("it is empty")
         try:
             content = self._read1(len(buffer))
         except EOFError as error:
-            raise TruncatedFile("it ends too early") from error
+            raise DamagedFile("it ends too early") from error
         except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
             raise DamagedFile(str(error)) from error
         except OSError as error:

@@ -36,7 +36,8 @@ class Skipped:
 
     `kind` is one of: "encoding" (not UTF-8, or half a surrogate pair), "nul" (a NUL character), "json", "csv" (broken
     quotes, too many or too few fields), "column" (no text in the column, or in one of the template), "empty" (the text
-    is ""), "too_long" (over `Reading.max_document_bytes`), "file" (the rest of the file cannot be read). `count` is how
+    is ""), "too_long" (over `Reading.max_document_bytes`), "file" (a file, or what is left of it or of a
+    block of rows, cannot be read). `count` is how
     many documents are known to be lost.
     """
 
