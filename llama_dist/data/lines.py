@@ -136,7 +136,8 @@ def _paragraphs(file: io.BufferedReader, part: Part, reading: Reading) -> Iterat
     wrong: Skipped | None = None
     for number, begin, content in lines_of(file, part, reading, stop=None):
         blank = isinstance(content, bytes) and not content.strip()
-        beyond = part.stop is not None and begin >= part.stop
+        first = part.start == 0 and number == 1  # begins at 0, even if its text does so behind a mark
+        beyond = part.stop is not None and begin >= part.stop and not first
         if blank or (beyond and not own):
             if size:
                 yield wrong or _text(b"".join(lines), where, offset, reading)
