@@ -85,8 +85,7 @@ class TiktokenTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        content = path.read_bytes()
-        ranks = _parse_ranks(content, path)
+        ranks = parse_ranks(path)
         special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
         self._encoding = tiktoken.Encoding(
             str(path), pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special
@@ -94,7 +93,7 @@ class TiktokenTokenizer:
         self.vocab_size: int = len(ranks) + len(special)
         self.bos_id: int | None = special["<|begin_of_text|>"]
         self.eos_id: int = special["<|end_of_text|>"]
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return np.frombuffer(self._encoded(text), np.int32).tolist()
@@ -119,9 +118,10 @@ def is_ranks(content: bytes) -> bool:
     return _RANKS.match(content) is not None
 
 
-def _parse_ranks(content: bytes, path: Path) -> dict[bytes, int]:
+def parse_ranks(path: Path) -> dict[bytes, int]:
+    """Token -> rank, of a file of tiktoken ranks; raises UserError with the line for a file that is damaged."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -140,8 +140,8 @@ def _parse_ranks(content: bytes, path: Path) -> dict[bytes, int]:
         )
     if len(ranks) == LLAMA4_RANKS:
         raise UserError(
-            f"{path}: has {LLAMA4_RANKS:,} ranks, which is LLaMA-4's vocabulary; its rules differ from LLaMA-3's and are "
-            "not in this file; give the tokenizer.json that comes with the model"
+            f"{path}: has {LLAMA4_RANKS:,} ranks, which is LLaMA-4's vocabulary; its rules differ from LLaMA-3's and "
+            "are not in this file; give the tokenizer.json that comes with the model"
         )
     return ranks
 

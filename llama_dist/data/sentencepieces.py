@@ -18,7 +18,7 @@ from llama_dist.errors import UserError
 SPACE = "\u2581"
 """How sentencepiece spells a space within pieces. In a text it is taken for a space."""
 INNER_SPACE = "\x1f"
-"""Stands for a space at which a text is not cut; a text that holds this character itself is encoded without the cache."""
+"""Stands for a space at which a text is not cut; a text that holds it itself is encoded without the cache."""
 MAX_WORDS = 1 << 18
 """Words remembered, about 200 bytes each; as many of the time before are kept until it is full again."""
 MAX_WORD_CHARACTERS = 64
@@ -72,7 +72,7 @@ class SentencePieceTokenizer:
 
 
 class Words(dict[str, bytes]):
-    """Word, as `cut_into_words` gives it -> its ids as int32 bytes; encoded at first use, forgotten when long unused."""
+    """Word, as `cut_into_words` gives it -> its ids as int32 bytes; encoded at first use, later forgotten."""
 
     def __init__(self, model: ModelProto) -> None:
         super().__init__()

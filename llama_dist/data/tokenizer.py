@@ -67,7 +67,7 @@ def _tokenizer_file(path: Path) -> Path:
         raise UserError(f"{path}: no tokenizer in this folder; it must hold tokenizer.model or tokenizer.json")
     if not path.is_file():
         raise UserError(
-            f"{path}: there is no such tokenizer file; give a sentencepiece or LLaMA-3 .model or a Hugging Face tokenizer.json, "
-            "or make one with `llama-dist tokenizer train`"
+            f"{path}: there is no such tokenizer file; give a sentencepiece or LLaMA-3 .model, a Hugging Face "
+            "tokenizer.json, or make one with `llama-dist tokenizer train`"
         )
     return path

@@ -15,24 +15,42 @@ from llama_dist.files import write_file
 
 MAX_VOCAB_SIZE = 10_000_000
 SAMPLE_BYTES = 32 << 20
+CHARACTER_COVERAGE = 0.99995
+LEAST_COVERAGE = 0.98
 LINE_CHARACTERS = 2000
 """sentencepiece drops a line longer than `max_sentence_length` bytes; longer ones are cut at this many characters."""
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, out: str | Path) -> bool:
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    out: str | Path,
+    sample_bytes: int = SAMPLE_BYTES,
+    character_coverage: float = CHARACTER_COVERAGE,
+) -> bool:
     """Train a byte-pair vocabulary with byte fallback on `texts` and write it to `out`.
 
-    The same texts give the same bytes. At most SAMPLE_BYTES of text are used: lines drawn evenly over all of it.
+    The same texts give the same bytes. At most `sample_bytes` of text are used: lines drawn evenly over all of it. The
+    rarest characters, beyond `character_coverage` of the text, get no piece and are spelled in bytes.
     Returns whether it was written: False where `out` holds that very vocabulary already.
-    Raises UserError where there is no text, the text is too small or too rich for `vocab_size`, or `out` is another.
+    Raises UserError where there is no text, the text is too small or too rich for `vocab_size`, `out` is another, or a
+    number makes no sense.
     """
     out = Path(out)
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"vocab_size={vocab_size}: must be from 1 to {MAX_VOCAB_SIZE}; 4096 to 128000 are usual")
-    lines = sample_lines(texts, max_bytes=SAMPLE_BYTES)
+    if sample_bytes < 1:
+        raise UserError(f"sample_bytes={sample_bytes}: must be at least 1; {SAMPLE_BYTES} are usual")
+    if not LEAST_COVERAGE <= character_coverage <= 1:
+        raise UserError(
+            f"character_coverage={character_coverage}: must be from {LEAST_COVERAGE} to 1; "
+            f"{CHARACTER_COVERAGE} is usual"
+        )
+    lines = sample_lines(texts, max_bytes=sample_bytes)
     if not lines:
         raise UserError(f"tokenizer {out}: the input has no text; give at least a few kilobytes of it")
-    model = _train(lines, vocab_size)
+    model = _train(lines, vocab_size, character_coverage)
     if out.exists():
         if out.is_file() and out.read_bytes() == model:
             return False
@@ -76,7 +94,7 @@ def _lines_of(texts: Iterable[str]) -> Iterator[str]:
                     yield piece
 
 
-def _train(lines: list[str], vocab_size: int) -> bytes:
+def _train(lines: list[str], vocab_size: int, character_coverage: float) -> bytes:
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -86,7 +104,7 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
             vocab_size=vocab_size,
             byte_fallback=True,
             split_digits=True,
-            character_coverage=0.99995,
+            character_coverage=character_coverage,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from data_helpers import small_tokenizer, text_of
+from data_helpers import WORDS, small_tokenizer, text_of
 
+from llama_dist.cli import main
 from llama_dist.data.byte_pairs import LLAMA3_PATTERN
 from llama_dist.data.tokenizer import fingerprint_of, load_tokenizer
 from llama_dist.data.vocabulary import sample_lines, train_tokenizer
@@ -44,7 +47,9 @@ def test_every_text_survives_a_small_trained_vocabulary(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-@pytest.mark.parametrize("file", ["llama2_32000/tokenizer.model", "gpt2_tokenizer.json", "small/torchtune_tiktoken_small.model"])
+@pytest.mark.parametrize(
+    "file", ["llama2_32000/tokenizer.model", "gpt2_tokenizer.json", "small/torchtune_tiktoken_small.model"]
+)
 def test_every_text_survives_the_published_tokenizers(shared_data: Path, file: str, text: str) -> None:
     tokenizer = load_tokenizer(shared_data / "tokenizers" / file)
     ids = tokenizer.encode(text)
@@ -135,7 +140,8 @@ def test_tiktoken_ranks_give_the_ids_of_metas_reference(shared_data: Path) -> No
 
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (2256, 2000, 2001)
     draw = random.Random(0)
-    texts = [(shared_data / "corpora" / name).read_text()[:450_000] for name in ("tinyshakespeare.txt", "peps_slice.jsonl")]
+    corpora = shared_data / "corpora"
+    texts = [(corpora / name).read_text()[:450_000] for name in ("tinyshakespeare.txt", "peps_slice.jsonl")]
     texts += ["a" * 25_000, "a" * 60_000 + " b", " " * 25_001 + "x", "\u3000 \x85\x1c" * 20_000, "<|begin_of_text|>"]
     texts += ["".join(draw.choices("ab 中\n", k=30_000)), "x" * 399_999 + " " + "y" * 25_001]
     for text in texts:
@@ -191,6 +197,36 @@ def test_training_again_is_no_harm_and_another_vocabulary_is_kept(tmp_path: Path
     with pytest.raises(UserError, match="another tokenizer"):
         train_tokenizer(texts, vocab_size=320, out=out)
     assert out.read_bytes() == before
+
+
+def test_the_sample_and_the_characters_are_chosen(tmp_path: Path) -> None:
+    texts = [text_of(i) for i in range(200)] + ["\u03a9"]
+    train_tokenizer(texts, vocab_size=330, out=tmp_path / "all.model", character_coverage=1.0)
+    train_tokenizer(texts, vocab_size=330, out=tmp_path / "usual.model", character_coverage=0.999)
+    assert len(load_tokenizer(tmp_path / "all.model").encode("\u03a9")) < len(
+        load_tokenizer(tmp_path / "usual.model").encode("\u03a9")
+    )
+    train_tokenizer(texts, vocab_size=300, out=tmp_path / "some.model", sample_bytes=10_000)
+    train_tokenizer(texts, vocab_size=300, out=tmp_path / "more.model", sample_bytes=50_000)
+    assert (tmp_path / "some.model").read_bytes() != (tmp_path / "more.model").read_bytes()
+    for value in (0.5, 1.1, float("nan")):
+        with pytest.raises(UserError, match="character_coverage=.*: must be from 0.98 to 1"):
+            train_tokenizer(texts, vocab_size=300, out=tmp_path / "bad.model", character_coverage=value)
+    with pytest.raises(UserError, match="sample_bytes=0: must be at least 1"):
+        train_tokenizer(texts, vocab_size=300, out=tmp_path / "bad.model", sample_bytes=0)
+
+
+def test_the_command_trains_on_what_prepare_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f'{{"q": "{i}?", "a": "{" ".join(WORDS)}"}}\n' for i in range(60)]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.writelines([*rows[:7], "{broken\n", *rows[7:]])
+    command = ["tokenizer", "train", str(tmp_path / "*.gz"), "--vocab-size", "300", "--out", str(tmp_path / "a.model")]
+    assert main([*command, "--template", "{q} {a}"]) == 2
+    assert re.search(r"1 of 61 documents cannot be read \(1 json\): .*a.jsonl.gz:8: ", capsys.readouterr().err)
+    assert not (tmp_path / "a.model").exists()
+    assert main([*command, "--template", "{q} {a}", "--max-skipped", "2%"]) == 0
+    told = capsys.readouterr()
+    assert "a.model: made, 300 pieces" in told.out and "a.jsonl.gz:8: " in told.err
 
 
 def test_settings_of_llama2(shared_data: Path, tmp_path: Path) -> None:
