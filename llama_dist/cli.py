@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "measure a checkpoint: perplexity and multiple choice",
     "generate": "let a checkpoint write",
     "inspect": "say what a run, a checkpoint or a shard directory holds",
+    "verify": "hold shards or a checkpoint to all that they say of themselves",
     "settings": "print every setting of a run, with its default and what it does",
 }
 EXIT_RUN_ERROR = 1

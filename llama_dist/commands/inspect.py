@@ -11,6 +11,7 @@ from llama_dist.checkpoint.dcp import TENSORS_FILE
 from llama_dist.checkpoint.store import MANIFEST, Checkpoint, list_committed
 from llama_dist.checkpoint.whole import read_whole
 from llama_dist.data.describe import describe_shards, format_bytes
+from llama_dist.data.remote import is_url
 from llama_dist.errors import UserError
 from llama_dist.files import read_json_lines
 from llama_dist.train.ledger import LEDGER
@@ -22,18 +23,24 @@ examples:
   llama-dist inspect runs/default
   llama-dist inspect runs/default/checkpoints/step-00000300
   llama-dist inspect runs/default/shards/train
+  llama-dist inspect s3://bucket/shards --tokenizer tokenizer.model
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("path", metavar="PATH", type=Path, help="a run folder, a checkpoint or a shard directory")
-    parser.add_argument("--tokenizer", metavar="FILE", help="decode two samples of a shard directory with it")
+    parser.add_argument(
+        "path", metavar="PATH", help="a run folder, a checkpoint, or shards: a folder, a Megatron pair or a URL"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="decode the samples with it, not with what made the shards")
 
 
 def run(args: argparse.Namespace) -> int:
-    path: Path = args.path
+    path = Path(args.path)
+    if is_url(args.path) or Path(f"{path}.idx").is_file():
+        print(describe_shards(args.path, args.tokenizer))
+        return 0
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder; name a run folder, a checkpoint or a shard directory")
     if (path / TENSORS_FILE).is_file() or path.parent.name == "checkpoints":

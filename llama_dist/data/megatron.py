@@ -98,7 +98,35 @@ class Index:
         for first in range(0, self.num_documents, BLOCK_ITEMS):
             last = min(first + BLOCK_ITEMS, self.num_documents)
             lengths[first:last] = np.diff(self.starts(first, last))
+        if len(lengths) and (lengths.min() < 0 or lengths.sum() != self.num_tokens):
+            raise UserError(
+                f"{self._file.path}: its documents have {lengths.sum()} tokens, the shortest {lengths.min()}, expected "
+                f"{self.num_tokens} in all; it is damaged; copy or make the shards again"
+            )
         return lengths
+
+    def problems(self) -> list[str]:
+        """What is wrong inside: all of the index is read, in blocks."""
+        found = []
+        end, misplaced, negative = 0, 0, 0
+        for first in range(0, self._num_sequences, BLOCK_ITEMS):
+            last = min(first + BLOCK_ITEMS, self._num_sequences)
+            lengths = self._read(self._lengths_at, "<i4", first, last)
+            ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            begins = np.concatenate([[end], ends[:-1]])
+            misplaced += int((self._pointers(first, last) != begins).sum())
+            negative += int((lengths < 0).sum())
+            end = int(ends[-1])
+        if negative:
+            found.append(f"{negative} of its {self._num_sequences} sequences have a length below 0")
+        if misplaced:
+            found.append(f"{misplaced} of its {self._num_sequences} sequences do not begin where the one before ends")
+        disordered = 0
+        for first in range(0, self.num_documents, BLOCK_ITEMS):
+            disordered += int((np.diff(self._documents(first, min(first + BLOCK_ITEMS, self.num_documents) + 1)) < 0).sum())
+        if disordered:
+            found.append(f"{disordered} of its {self.num_documents} documents end before they begin")
+        return found
 
     def _token_of(self, sequence: int) -> int:
         """The first token of a sequence, or the end of the last."""

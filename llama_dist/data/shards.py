@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
@@ -33,7 +34,7 @@ def load_manifest(path: str | Path) -> Manifest:
     """Read the manifest of a shard directory or URL. Raises UserError where there is none or it is not one."""
     storage = open_storage(path)
     if not storage.exists(MANIFEST):
-        raise _no_manifest(path)
+        raise no_manifest(path)
     return read_manifest(storage)
 
 
@@ -94,7 +95,7 @@ class Shards:
         else:
             self._storage, name = self._storage.parent()
             if not self._storage.exists(f"{name}.idx"):
-                raise _no_manifest(path)
+                raise no_manifest(path)
             index = Index(self._storage.open(f"{name}.idx"))
             self.dtype = index.dtype
             self._pairs = [Pair(name, index.num_bytes, documents=index.num_documents)]
@@ -174,8 +175,12 @@ class Shards:
 
     def document_lengths(self) -> np.ndarray:
         """The number of tokens of every document: int64 (num_documents,)."""
-        parts = [self._index(i).document_lengths() for i in range(len(self._pairs))]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+        return np.concatenate([np.zeros(0, dtype=np.int64), *self.lengths_by_pair()])
+
+    def lengths_by_pair(self) -> Iterator[np.ndarray]:
+        """The lengths of the documents of each pair, for corpora with more documents than fit into memory."""
+        for i in range(len(self._pairs)):
+            yield self._index(i).document_lengths()
 
     def pair_of(self, token: int) -> str:
         """The .bin file that holds a token, for messages."""
@@ -235,7 +240,8 @@ class Shards:
         )
 
 
-def _no_manifest(path: str | Path) -> UserError:
+def no_manifest(path: str | Path) -> UserError:
+    """What to tell of a place that holds no shards."""
     if not is_url(path) and not Path(path).is_dir():
         return UserError(f"{path}: there is no such shard directory; make one with `llama-dist prepare`")
     return UserError(f"{path}: has no {MANIFEST}, so it is not a finished shard directory; make it again")

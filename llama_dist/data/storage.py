@@ -126,6 +126,8 @@ class LocalStorage:
             with open(path, "rb", buffering=0) as file:
                 while block := file.read(BLOCK):
                     yield block
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: is missing; copy or make the shards again") from error
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
