@@ -85,7 +85,7 @@ class _Source:
             raise _Abort(Skipped(self.where, content.reason, content.kind))
         self._held += len(content)
         if self._held > self._limit + 1:
-            reason = f"the row is longer than max_document_bytes={self._limit}; raise it, or see where a quote does not end"
+            reason = f"the row is longer than max_document_bytes={self._limit}; raise it, or see which quote is open"
             raise _Abort(Skipped(self.where, reason, "too_long"))
         text = content.decode(errors="surrogateescape")
         self.halves = self.halves or not text.isascii()

@@ -64,11 +64,6 @@ def read_documents(paths: Iterable[str | Path], reading: Reading = AS_USUAL) -> 
         raise UserError(f"{names}: no documents with text; give at least one file that has some")
 
 
-def list_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files on this machine behind `paths`, with folders opened."""
-    return [Path(item.path) for item in list_inputs(list(paths))]
-
-
 def with_line(where: str) -> str:
     """"file@byte" of a Skipped or of an id as "file:line"; all else as it is. Reads the file up to there."""
     found = re.fullmatch(r"(.+)@(\d+)", where, re.DOTALL)

@@ -22,8 +22,8 @@ from llama_dist.files import BLOCK
 
 BUFFER = 1 << 20
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-# zstd unpacks what it is given in one go, up to 32,768 times as much: 64 MiB of this.
-ZSTD_BLOCK = 2 << 10
+# zstd unpacks what it is given in one go, up to 32,768 times as much: 16 MiB of this, held twice.
+ZSTD_BLOCK = 512
 ZSTD_WINDOW = 1 << 31  # as `zstd --long=31` writes
 NOT_THERE = "there is no such file"
 

@@ -40,7 +40,7 @@ def read(part: Part, reading: Reading) -> Iterator[Document | Skipped]:
     """A row is called by its number in the file. What is wrong within a row group costs the rest of that group."""
     with open_raw(part.path) as source:
         try:
-            file = pq.ParquetFile(source, buffer_size=BUFFER, page_checksum_verification=True)
+            file = pq.ParquetFile(source, pre_buffer=False, buffer_size=BUFFER, page_checksum_verification=True)
             groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
             before = sum(file.metadata.row_group(i).num_rows for i in range(min(part.start, file.num_row_groups)))
             columns = columns_of(file.schema_arrow, part.path, reading)

@@ -1,4 +1,4 @@
-"""Files of every format, broken at random: each ends in a UserError or in what is counted, and no intact text is lost."""
+"""Files of every format, broken at random: each ends in a UserError or is counted, and no intact text is lost."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def another_encoding(raw: bytes, draw: random.Random) -> bytes:
 
 
 def bad_json(raw: bytes, draw: random.Random) -> bytes:
-    old, new = draw.choice(((b'"', b""), (b"{", b"["), (b":", b""), (b"}", b"}}"), (b"text", b"txt"), (b'"text": ', b"")))
+    changes = ((b'"', b""), (b"{", b"["), (b":", b""), (b"}", b"}}"), (b"text", b"txt"), (b'"text": ', b""))
+    old, new = draw.choice(changes)
     places = [i for i in range(len(raw)) if raw.startswith(old, i)] or [0]
     place = draw.choice(places)
     return raw[:place] + new + raw[place + len(old) :]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_dist.data.documents import Document, read_documents
+from llama_dist.data.documents import Document, Reading, Skipped, read_documents, read_part, with_line
+from llama_dist.data.inputs import Part
 from llama_dist.errors import UserError
 
 
@@ -73,6 +74,69 @@ def test_missing_inputs_are_named_before_anything_is_read(tmp_path: Path) -> Non
         next(read_documents([good, tmp_path / "folder"]))
     with pytest.raises(UserError, match="inputs: there are none"):
         next(read_documents([]))
+
+
+def test_txt_by_line_and_by_paragraph(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "\ufeff\n one\r\ntwo \r\n\r\n \n\nthree\nfour".encode())
+    lines = [d for d in read_part(Part(str(file)), Reading(txt="line")) if isinstance(d, Document)]
+    assert [d.text for d in lines] == [" one", "two ", "three", "four"]
+    assert [d.id for d in lines] == [f"{file}:{n}" for n in (2, 3, 7, 8)]
+    paragraphs = list(read_part(Part(str(file)), Reading(txt="paragraph")))
+    assert paragraphs == [Document(f"{file}:2", " one\ntwo "), Document(f"{file}:7", "three\nfour")]
+
+
+def test_what_is_no_document_is_told_and_the_rest_comes(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "a"}',
+        b'{"text": "\xe9"}',
+        b'{"text": ""}',
+        b'{"text": null}',
+        b'{"body": 1}',
+        b'{"text": "\\u0000"}',
+        b'{"text": "\0"}',
+        b'{"text": "\\uD83D"}',
+        b'{"text": "' + b"x" * 100 + b'"}',
+        b"[" * 90,
+        b'{"text": "b", "id": "\\udc00"}',
+    ]
+    file = write(tmp_path / "a.jsonl", b"\n".join(lines))
+    items = list(read_part(Part(str(file)), Reading(max_document_bytes=90)))
+    kinds = [item.kind if isinstance(item, Skipped) else item for item in items]
+    skipped = ["encoding", "empty", "column", "column", "nul", "json", "encoding", "too_long", "json"]
+    assert kinds == [Document(f"{file}:1", "a"), *skipped, Document("\\udc00", "b")]
+    assert [item.where for item in items if isinstance(item, Skipped)] == [f"{file}:{n}" for n in range(2, 11)]
+    assert str(items[4]) == f"{file}:5: no string \"text\" (found: keys 'body')"
+
+
+def test_a_txt_file_that_is_too_long_is_no_document(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", b"x" * 101)
+    reading = Reading(max_document_bytes=100)
+    (skipped,) = read_part(Part(str(file)), reading)
+    assert isinstance(skipped, Skipped) and "read the file line by line or by paragraphs" in skipped.reason
+    write(file, b"x" * 100)
+    assert list(read_part(Part(str(file)), reading)) == [Document(str(file), "x" * 100)]
+
+
+def test_a_file_without_documents_is_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.jsonl", "a.json", "a.csv"):
+        (skipped,) = read_part(Part(str(write(tmp_path / name, b""))), Reading(txt="line"))
+        assert (skipped, skipped.kind) == (Skipped(str(tmp_path / name), "the file has no documents", "empty"), "empty")
+
+
+def test_a_part_that_cannot_be_read_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gone.jsonl: cannot be read: No such file"):
+        list(read_part(Part(str(tmp_path / "gone.jsonl"))))
+    with pytest.raises(UserError, match="a.bin: is not a kind of file"):
+        list(read_part(Part(str(tmp_path / "a.bin"))))
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(UserError, match="folder.txt: cannot be read: Is a directory"):
+        list(read_part(Part(str(tmp_path / "folder.txt"))))
+
+
+def test_the_line_of_a_byte(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", b"one\ntwo\nthree")
+    assert [with_line(f"{file}@{n}") for n in (0, 4, 8)] == [f"{file}:{n}" for n in (1, 2, 3)]
+    assert with_line("a@7") == "a@7" and with_line("gone.txt@7") == "gone.txt@7" and with_line("a.txt:3") == "a.txt:3"
 
 
 def test_real_corpora(shared_data: Path) -> None:
