@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     why.add_argument("run", metavar="RUN", type=Path, help="a run folder, or the YAML file of a run")
-    why.add_argument("--step", metavar="N", type=int, required=True, help="the step, counted from 1 as the console does")
+    why.add_argument("--step", metavar="N", type=int, required=True, help="counted from 1, as the console does")
     why.add_argument("--replica", metavar="R", type=int, help="only what replica R reads, from 0")
     why.add_argument("--rank", metavar="K", type=int, help="only what rank K of the step's layout read (run folders)")
     why.add_argument("--dp", metavar="D", type=int, help="replicas, with --replica (default: as the step had)")
@@ -82,14 +82,14 @@ def _history(config: RunConfig, events: list[dict[str, Any]], step: int) -> Hist
 
 
 def _share(positions: range, args: argparse.Namespace, config: RunConfig, layout: Layout | None) -> range:
-    """The positions that were asked for: those of one replica, or all. `layout`: that of the step, where it is known."""
+    """The positions that were asked for: those of one replica, or all. `layout`: the step's, where it is known."""
     if args.replica is None and args.rank is None:
         return positions
     replica, dp = args.replica, args.dp
     if args.rank is not None:
         if layout is None or not 0 <= args.rank < layout.world:
-            ranks = "no layout is known here" if layout is None else f"the step's layout has ranks 0 to {layout.world - 1}"
-            raise UserError(f"--rank={args.rank}: {ranks}; use --replica with --dp")
+            known = f"the step's layout has ranks 0 to {layout.world - 1}" if layout else "no layout is known here"
+            raise UserError(f"--rank={args.rank}: {known}; use --replica with --dp")
         replica, dp = layout.coord(args.rank).dp, layout.dp
     elif dp is None:
         dp = layout.dp if layout else config.parallel.dp

@@ -107,7 +107,7 @@ def continue_history(
             limits[number] = limit
     until = FAR if steps is None else max(now.samples_at(steps), now.samples)
     mixture = plan(history.phases if history else (), ahead, limits, until=until)
-    if mixture.end is not None and mixture.end < until:
+    if steps is not None and mixture.end is not None and mixture.end < until:
         raise UserError(_ended(mixture.end, ahead, known, limits, now, steps))
     paces = tuple(pace for pace in (history.paces if history else ()) if pace.step < now.step)
     if not paces or paces[-1].batch != now.batch:
@@ -179,7 +179,7 @@ def _phase(first: int, numbers: Sequence[int], weights: Sequence[float]) -> Phas
 
 
 def _ended(
-    end: int, ahead: Sequence[Phase], known: Sequence[Known], limits: Mapping[int, int], now: Pace, steps: int | None
+    end: int, ahead: Sequence[Phase], known: Sequence[Known], limits: Mapping[int, int], now: Pace, steps: int
 ) -> str:
     step = now.step + (end - now.samples) // now.batch + 1
     wanted = [phase for phase in ahead if phase.first <= end][-1]

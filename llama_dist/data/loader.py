@@ -134,7 +134,8 @@ class Loader:
         block, row = divmod(step, self._steps_of_block)
         numbers, samples = self._block(rest, block)
         if row >= len(numbers):
-            raise UserError(f"sample {samples_consumed + self.global_batch} of the run: the data ends at {self._mixture.end}")
+            last = samples_consumed + self.global_batch - 1
+            raise UserError(f"sample {last} of the run: the data ends at {self._mixture.end}")
         return numbers[row], samples[row]
 
     @property

@@ -1,8 +1,8 @@
 """Mixtures that change: position in the run -> (source, the source's own position), through any number of phases.
 
-A phase is a position and the weights of the sources from there on. Weights change by the curriculum, by a new config in
-mid-run, and where a source has had its epochs. Each source goes on where earlier phases left it, so that nothing is lost
-or repeated. Sources go by their number in the run.
+A phase is a position and the weights of the sources from there on. Weights change by the curriculum, by a new config
+in mid-run, and where a source has had its epochs. Each source goes on where earlier phases left it, so that nothing is
+lost or repeated. Sources go by their number in the run.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def plan(
 
 
 def limit_of(epochs: float | None, size: int | None, *, where: str) -> int | None:
-    """How many samples a source of `size` may give; None: as many as the run needs. Raises UserError where it is none."""
+    """How many samples a source of `size` may give; None: as many as the run needs. Raises UserError for none."""
     if epochs is None or size is None:
         return None
     limit = int(Fraction(str(epochs)) * size)

@@ -24,8 +24,9 @@ MASK = (1 << 64) - 1
 def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     """Where a bijection of range(n) chosen by `key` sends each of `index`: int64, same shape.
 
-    `key` is one for all, or uint64 of the same shape. A balanced Feistel network over the next power of four (Luby and Rackoff 1988), walked on from outside range(n)
-    until it falls inside (Black and Rogaway 2002): O(1) memory, and less than four steps on average.
+    `key` is one for all, or uint64 of the same shape. A balanced Feistel network over the next power of four (Luby and
+    Rackoff 1988), walked on from outside range(n) until it falls inside (Black and Rogaway 2002): O(1) memory, and less
+    than four steps on average.
     """
     index = np.asarray(index)
     assert n > 0, "an empty range has no permutation"

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from llama_dist.data.loader import Batch, Loader
 
+PATIENCE = 10.0  # seconds; a thread that still reads then ends with the process
 HINTED = 8  # steps, beyond those read ahead, that the operating system is told of
 
 
@@ -27,20 +28,23 @@ class Prefetching:
     def microbatches(self, samples_consumed: int) -> list[Batch]:
         """As `Loader.microbatches`."""
         if self._reader is None or self._reader.next != samples_consumed:
-            self.close()
+            self._end(None)  # two threads may not read by one loader
             if not self._steps or samples_consumed >= self._until:
                 return self._loader.microbatches(samples_consumed)
             self._reader = _Reader(self._loader, samples_consumed, steps=self._steps, until=self._until)
         try:
             return self._reader.take()
-        except BaseException:
-            self.close()
+        except Exception:  # the thread has ended
+            self._end(None)
             raise
 
     def close(self) -> None:
-        """End the thread, after the step that it is reading."""
+        """End the thread after the step that it is reading, but wait no longer than a slow disk takes for one."""
+        self._end(PATIENCE)
+
+    def _end(self, seconds: float | None) -> None:
         if self._reader is not None:
-            self._reader.close()
+            self._reader.close(seconds)
             self._reader = None
 
     def __enter__(self) -> Prefetching:
@@ -76,10 +80,10 @@ class _Reader:
             self.next = -1  # the thread has ended
         return found
 
-    def close(self) -> None:
+    def close(self, seconds: float | None) -> None:
         self._closed.set()
         self._room.release()
-        self._thread.join()
+        self._thread.join(seconds)
 
     def _read(self, samples: int) -> None:
         batch = self._loader.global_batch

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from llama_dist.config_data import DataConfig, Source
 from llama_dist.data.history import Known, Present
 from llama_dist.data.packing import BestFit, identity_of
+from llama_dist.data.remote import open_storage
 from llama_dist.data.samples import Concatenated, Samples, Span
 from llama_dist.data.shards import Shards
 from llama_dist.data.tokenizer import fingerprint_of
@@ -38,7 +39,7 @@ def open_sources(data: DataConfig, *, vocab_size: int) -> list[OpenSource]:
 
 def open_source(source: Source, data: DataConfig, *, fingerprint: str, vocab_size: int) -> OpenSource:
     """One source of `data`; `fingerprint` is that of data.tokenizer."""
-    shards = open_shards(source.shards, tokenizer=data.tokenizer, fingerprint=fingerprint, vocab_size=vocab_size)
+    shards = open_shards(source.shards, data, fingerprint=fingerprint, vocab_size=vocab_size)
     known = Known(source.name, identity_of(shards), source.model_dump(mode="json"))
     return OpenSource(known, open_samples(shards, data), shards)
 
@@ -61,19 +62,20 @@ def open_known(known: Known, data: DataConfig, *, vocab_size: int) -> OpenSource
     return opened
 
 
-def open_shards(path: str, *, tokenizer: str, fingerprint: str, vocab_size: int) -> Shards:
-    """Open shards that a model of `vocab_size` can be trained or evaluated on with the tokenizer of `fingerprint`.
+def open_shards(path: str, data: DataConfig, *, fingerprint: str, vocab_size: int) -> Shards:
+    """Open shards that a model of `vocab_size` can be trained or evaluated on; `fingerprint` is that of data.tokenizer.
 
     A bare Megatron pair does not say what made it, and is taken as it is.
     """
-    shards = Shards(path)
+    shards = Shards(path, storage=open_storage(path, cache=data.cache, cache_gb=data.cache_gb))
     if shards.manifest is None:
         return shards
     made_by = shards.manifest.tokenizer
     if made_by["fingerprint"] != fingerprint:
         raise UserError(
             f"{path}: was made with another tokenizer: {made_by['file']} (sha256 {made_by['fingerprint'][:12]}), while "
-            f"data.tokenizer={tokenizer} (sha256 {fingerprint[:12]}); set data.tokenizer to that one or prepare again"
+            f"data.tokenizer={data.tokenizer} (sha256 {fingerprint[:12]}); set data.tokenizer to that one or prepare "
+            "again"
         )
     if made_by["vocab_size"] > vocab_size:
         raise UserError(

@@ -135,12 +135,12 @@ class PipelineRunner:
 
     def _part(self, batch: Batch) -> Microbatch:
         """This rank's positions of a batch: one contiguous part of every sequence for each rank of `cp`."""
-        tokens = batch.tokens.to(self.runtime.device)
+        tokens = batch.tokens.to(self.runtime.device, non_blocking=True)
         length = (tokens.shape[1] - 1) // self.runtime.layout.cp
         start = self.runtime.coord.cp * length
         counted = batch.counted
         if counted is not None:
-            counted = counted[:, start : start + length].to(self.runtime.device)
+            counted = counted[:, start : start + length].to(self.runtime.device, non_blocking=True)
         return Microbatch(
             tokens[:, start : start + length],
             tokens[:, start + 1 : start + length + 1],

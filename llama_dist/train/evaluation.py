@@ -23,7 +23,7 @@ class Evaluation:
         if run.eval.perplexity and run.data.heldout is not None:
             self._heldout = open_shards(
                 run.data.heldout,
-                tokenizer=run.data.tokenizer,
+                run.data,
                 fingerprint=self.tokenizer.fingerprint,
                 vocab_size=run.model.vocab_size,
             )

@@ -21,6 +21,7 @@ from llama_dist.data.history import History, Pace, changes_ahead, switch_between
 from llama_dist.data.loader import Loader
 from llama_dist.data.packing import find_packing_damage
 from llama_dist.data.prefetch import Prefetching
+from llama_dist.data.remote import is_url
 from llama_dist.data.shards import Shards, find_damage
 from llama_dist.errors import RunError, UserError
 from llama_dist.eval.scoring import Replica
@@ -66,6 +67,7 @@ def run_training(run: RunConfig) -> int:
         pin=device.type == "cuda",
     )
     evaluation = Evaluation(run)
+    check_sizes(run)
     try:
         start_log(Path(run.folder), environment.rank)
     except (OSError, ValueError) as error:
@@ -171,6 +173,14 @@ def _tell_mixture(run: RunConfig, coordinator: Coordinator, then: History | None
         coordinator.tell(f"mixture {escape(change)}")
     if coordinator.ledger:
         coordinator.ledger.write("data", step=begun.step, samples=begun.samples, history=history.to_json())
+
+
+def check_sizes(run: RunConfig) -> None:
+    """Raise UserError where a shard file on this machine is missing or cut short: shards open lazily, runs do not."""
+    paths = [source.shards for source in run.data.train if source.shards]
+    for path in paths + ([run.data.heldout] if run.data.heldout else []):
+        if not is_url(path):
+            Shards(path).check_sizes()
 
 
 def check_shards(run: RunConfig, runtime: Runtime) -> None:

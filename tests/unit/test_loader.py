@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -49,17 +50,28 @@ def tokens_of(batches: list[Batch]) -> torch.Tensor:
     return torch.cat([batch.tokens for batch in batches])
 
 
-@pytest.mark.parametrize("dp", [1, 2, 4, 8])
+@pytest.mark.parametrize("dp", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_every_layout_reads_the_same_samples(two_sources: list[str], dp: int, micro_batch: int) -> None:
-    plain = build(two_sources, micro_batch=16)
-    ranks = [build(two_sources, dp=dp, dp_rank=r, micro_batch=micro_batch) for r in range(dp)]
-    for consumed in (0, 16, 32, 160, 16_000):
+    plain = build(two_sources, global_batch=48, micro_batch=48)
+    ranks = [build(two_sources, global_batch=48, dp=dp, dp_rank=r, micro_batch=micro_batch) for r in range(dp)]
+    for consumed in (0, 48, 96, 480, 48_000, 48_007):
         (expected,) = plain.microbatches(consumed)
         batches = [batch for rank in ranks for batch in rank.microbatches(consumed)]
         assert all(b.tokens.shape == (micro_batch, SEQ_LEN + 1) and b.tokens.dtype == torch.int64 for b in batches)
         assert torch.equal(tokens_of(batches), expected.tokens)
-        assert {batch.documents for batch in batches} == {None}
+        assert {batch.documents for batch in batches} == {batch.counted for batch in batches} == {None}
+
+
+def test_steps_out_of_order_are_those_in_order(two_sources: list[str]) -> None:
+    """Places are looked up for many steps at once and kept; it does not show."""
+    in_order = build(two_sources, global_batch=3)
+    expected = {consumed: tokens_of(in_order.microbatches(consumed)) for consumed in range(0, 12_000, 3)}
+    chosen = random.Random(5).sample(sorted(expected), 200)
+    jumping = build(two_sources, global_batch=3)
+    for consumed in chosen:
+        jumping.prefetch(consumed)
+        assert torch.equal(tokens_of(jumping.microbatches(consumed)), expected[consumed])
 
 
 def test_another_global_batch_reads_the_same_row(two_sources: list[str]) -> None:
