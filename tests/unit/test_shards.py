@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import struct
+import time
 from itertools import pairwise
 from math import log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from data_helpers import make_shards, small_tokenizer, text_of
 
 from llama_dist.data.describe import describe_shards
+from llama_dist.data.manifest import Manifest
+from llama_dist.data.megatron import HEADER, MAGIC
 from llama_dist.data.prepare import prepare
 from llama_dist.data.shard_writer import ShardWriter
 from llama_dist.data.shards import Shards, dtype_for, load_manifest, verify
@@ -196,6 +201,43 @@ def test_reading_everything_takes_no_memory(tmp_path: Path) -> None:
     for start in range(0, opened.num_tokens, 100_000):
         assert opened.tokens(start, start + 100_000)[-1] == (start + 99_999) % 65536 % 1000
     assert resident_bytes() - before < 10_000_000, "80 MB were read"
+
+
+def test_a_trillion_tokens_open_and_seek_at_once(tmp_path: Path) -> None:
+    """1,000 pairs of 10^9 tokens, all holes but for what is written in the middle and at the end."""
+    pair_tokens, size = 10**9, 2 * 10**9
+    index = HEADER.pack(MAGIC, 1, 8, 1, 2) + struct.pack("<iqqq", pair_tokens, 0, 0, 1)
+    files: dict[str, Any] = {}
+    for number in range(1000):
+        name = f"{number:05d}"
+        with open(tmp_path / f"{name}.bin", "wb") as file:
+            file.truncate(size)
+        (tmp_path / f"{name}.idx").write_bytes(index)
+        files[f"{name}.bin"] = {"bytes": size, "xxh3_128": "0" * 32, "tokens": pair_tokens, "documents": 1}
+        files[f"{name}.idx"] = {"bytes": len(index), "xxh3_128": "0" * 32}
+    made_by: Any = {"file": "x", "fingerprint": "y", "vocab_size": 32000, "bos_id": 1, "eos_id": 2}
+    counts = {"tokens": 10**12, "documents": 1000, "raw_bytes": 10**12, "unigram_entropy": 1.0}
+    manifest = Manifest(**counts, dtype="uint16", tokenizer=made_by, inputs=[], files=files, command="x")
+    (tmp_path / "MANIFEST.json").write_bytes(manifest.to_json())
+    middle = 10**12 // 2 - 2
+    for number, at, tokens in ((499, size - 4, (7, 8)), (500, 0, (9, 10, 11)), (999, size - 2, (12,))):
+        with open(tmp_path / f"{number:05d}.bin", "r+b") as file:
+            file.seek(at)
+            file.write(struct.pack(f"<{len(tokens)}H", *tokens))
+    before, opening, seeking = resident_bytes(), [], []
+    for _ in range(5):
+        began_at = time.perf_counter()
+        shards = Shards(tmp_path)
+        opened_at = time.perf_counter()
+        assert shards.tokens(middle, middle + 5).tolist() == [7, 8, 9, 10, 11]
+        assert shards.document_at(middle) == (499, 499 * pair_tokens)
+        seeking.append(time.perf_counter() - opened_at)
+        opening.append(opened_at - began_at)
+    starts = np.random.default_rng(0).integers(0, 10**12 - 2049, 2000)
+    assert shards.rows(np.append(starts, 10**12 - 2), 2)[-1].tolist() == [0, 12]
+    assert len(os.listdir("/proc/self/fd")) < 2500, "few pairs are held open"
+    assert min(opening) < 0.02 and min(seeking) < 0.02, (opening, seeking)
+    assert resident_bytes() - before < 50_000_000
 
 
 def resident_bytes() -> int:
