@@ -13,7 +13,7 @@ from data_helpers import small_tokenizer
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llama_dist.data import sentencepieces as module
-from llama_dist.data.sentencepieces import SentencePieceTokenizer, words_are_independent
+from llama_dist.data.sentencepieces import SentencePieceTokenizer, word_pattern, words_are_independent
 
 WITH_WORDS = ("tokenizers/llama2_32000/tokenizer.model", "checkpoints/stories260K/tok512.model")
 ALPHABETS = (
@@ -79,8 +79,9 @@ def test_ids_equal_sentencepiece_on_random_vocabularies(tmp_path: Path) -> None:
         draw = random.Random(seed)
         model = small_model()
         del model.pieces[259:]
-        pieces = {"".join(draw.choices("ab\u2581\u2581é1", k=draw.randint(1, 5))) for _ in range(80)}
-        pieces |= {"\n" + piece for piece in draw.sample(sorted(pieces), 5)}
+        letters = draw.choice(["ab\u2581\u2581é1", "ab\u2581", "1.\u2581é"])
+        pieces = {"".join(draw.choices(letters, k=draw.randint(1, 5))) for _ in range(80)}
+        pieces |= {"\n"} if draw.random() < 0.5 else set()
         for piece in sorted(pieces):
             if not module.re.search("[^\u2581]\u2581", piece):
                 kind = model.SentencePiece.UNUSED if draw.random() < 0.1 else model.SentencePiece.NORMAL
@@ -90,8 +91,26 @@ def test_ids_equal_sentencepiece_on_random_vocabularies(tmp_path: Path) -> None:
         assert tokenizer._words is not None
         reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a.model"))
         for _ in range(60):
-            text = "".join(draw.choices(draw.choice(["ab é1\n", "aab  \n", "ab\u2581 \n1x"]), k=draw.randint(0, 40)))
+            text = "".join(draw.choices(draw.choice(["ab é1.\n", "aab  \n.1", "ab\u2581 \n1x"]), k=draw.randint(0, 40)))
             assert tokenizer.encode(text) == reference.encode(text), (seed, text)
+
+
+def test_words_are_cut_between_letters_and_others_where_no_piece_crosses() -> None:
+    model = small_model()
+    text = "  (naïve\u2581x_1)²,\n\n \n b² "
+    assert word_pattern(model).findall(text) == [
+        "  (", "na", "ï", "ve", "\u2581x", "_1)²,", "\n", "\n", " ", "\n", " b", "²", " ",
+    ]  # fmt: skip
+    model.pieces.add(piece="aï", score=-1)
+    model.pieces.add(piece="ï²", score=-1, type=model.SentencePiece.UNUSED)
+    assert word_pattern(model).findall(text) == [
+        "  (", "naïve", "\u2581x", "_1)", "²", ",", "\n", "\n", " ", "\n", " b²", " ",
+    ]  # fmt: skip
+    model.pieces.add(piece="\u2581b.", score=-1)
+    assert word_pattern(model).findall("a.b.(c") == ["a.b.", "(", "c"]
+    for character in "]^-\\[":
+        model.pieces.add(piece="a" + character, score=-1)
+    assert word_pattern(model).findall("a]^-\\[b") == ["a]^-\\[b"]
 
 
 def small_model() -> ModelProto:
@@ -109,6 +128,7 @@ CHANGES: dict[str, Callable[[ModelProto], object]] = {
     "a piece that ends with a space": lambda model: add_piece(model, "a\u2581"),
     "an unused piece over two words": lambda model: add_piece(model, "a\u2581b", model.SentencePiece.UNUSED),
     "a piece over a newline": lambda model: add_piece(model, "a\nb"),
+    "a piece that begins with a newline": lambda model: add_piece(model, "\na"),
     "a piece of newlines": lambda model: add_piece(model, "\n\n"),
     "a user-defined piece": lambda model: add_piece(model, "xyz", model.SentencePiece.USER_DEFINED),
     "unigram": lambda model: setattr(model.trainer_spec, "model_type", model.trainer_spec.UNIGRAM),
