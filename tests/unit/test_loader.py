@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from llama_dist.config_data import DataConfig, Source
 from llama_dist.data.loader import Batch, Loader, document_starts
 from llama_dist.data.order import sample_at
 from llama_dist.data.packing import identity_of
-from llama_dist.data.shards import Shards
+from llama_dist.data.shards import Manifest, Shards
 from llama_dist.data.tokenizer import load_tokenizer
 from llama_dist.data.vocabulary import train_tokenizer
 from llama_dist.errors import UserError
@@ -88,6 +90,35 @@ def test_samples_are_windows_that_share_one_token(two_sources: list[str]) -> Non
     _, sample = sample_at(range(16), sizes=[n], weights=[1.0], seed=0)
     for row, i in zip(tokens_of(loader.microbatches(0)).tolist(), sample.tolist(), strict=True):
         assert row == shards.tokens(i * SEQ_LEN, (i + 1) * SEQ_LEN + 1).tolist()
+
+
+def test_the_middle_of_two_trillion_tokens_is_reached_at_once(tmp_path: Path) -> None:
+    """Two thousand pairs of a billion tokens, in files with nothing in them: opened, sought in and read."""
+    tokenizer = load_tokenizer(small_tokenizer())
+    entry = {"bytes": 2 * 10**9, "xxh3_128": "0" * 32, "tokens": 10**9, "documents": 10**6}
+    files: dict[str, dict[str, int | str]] = {}
+    for i in range(2000):
+        with open(tmp_path / f"{i:05d}.bin", "wb") as file:
+            file.truncate(2 * 10**9)
+        files[f"{i:05d}.bin"] = entry
+        files[f"{i:05d}.idx"] = {"bytes": 1, "xxh3_128": "0" * 32}
+    made_by = {
+        "file": "small.model", "fingerprint": tokenizer.fingerprint, "vocab_size": 340, "bos_id": 1, "eos_id": 2,
+    }  # fmt: skip
+    manifest = Manifest(2 * 10**12, 2 * 10**9, 10**12, 1.0, "uint16", made_by, [], files, "a test")
+    (tmp_path / "MANIFEST.json").write_bytes(manifest.to_json())
+    data = DataConfig(tokenizer=str(small_tokenizer()), train=[Source(shards=str(tmp_path))], seq_len=2048)
+    Loader(data, vocab_size=340, global_batch=64, micro_batch=8, dp=2, dp_rank=1)  # what is done once a process
+    tracemalloc.start()
+    started_at = time.process_time()
+    loader = Loader(data, vocab_size=340, global_batch=64, micro_batch=8, dp=2, dp_rank=1)
+    opened_at = time.process_time()
+    batches = loader.microbatches(10**12 // 2048 // 64 * 64)
+    seconds, opening = time.process_time() - opened_at, opened_at - started_at
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert tokens_of(batches).shape == (32, 2049) and not tokens_of(batches).any()
+    assert seconds < 0.05 and opening < 0.5 and peak < 50e6, (seconds, opening, peak)
 
 
 def test_an_epoch_reads_every_sample_once_and_the_next_in_another_order(two_sources: list[str]) -> None:
