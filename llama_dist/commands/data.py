@@ -11,6 +11,7 @@ from llama_dist.config import RunConfig, load_config
 from llama_dist.data.history import History, Pace, continue_history
 from llama_dist.data.mixture import Mixture
 from llama_dist.data.sources import open_sources
+from llama_dist.data.stream import STREAMS, Spools
 from llama_dist.data.tokenizer import Tokenizer, load_tokenizer
 from llama_dist.data.why import Explained, explain
 from llama_dist.errors import UserError
@@ -58,24 +59,25 @@ def run(args: argparse.Namespace) -> int:
     if path.is_dir() and not events:
         raise UserError(f"{path}: is no run folder ({LEDGER}); name one, or the YAML file of a run")
     config = load_config(path / "config.yaml" if path.is_dir() else path)
-    history = _history(config, events, args.step)
+    spools = Spools((path if path.is_dir() else Path(config.folder)) / STREAMS)
+    history = _history(config, events, args.step, spools)
     positions = history.positions_of(args.step)
     shown = _share(positions, args, config, _layout(events, args.step))
     tokenizer = load_tokenizer(config.data.tokenizer)
     if not args.json:
         mixture = history.words(Mixture(history.phases).phase_at(positions[0]))
         print(f"step {args.step} of {path}: samples {positions[0]} to {positions[-1]} of the run; {mixture}")
-    for sample in explain(history, shown, config.data, vocab_size=config.model.vocab_size):
+    for sample in explain(history, shown, config.data, vocab_size=config.model.vocab_size, spools=spools):
         print(_as_json(sample, tokenizer) if args.json else _in_words(sample, tokenizer))
     return 0
 
 
-def _history(config: RunConfig, events: list[dict[str, Any]], step: int) -> History:
+def _history(config: RunConfig, events: list[dict[str, Any]], step: int, spools: Spools) -> History:
     """What the newest start of a run has recorded, or how the run of a config would begin."""
     recorded = [event for event in events if event["event"] == "data"]
     if recorded:
         return History.from_json(recorded[-1]["history"])
-    sources = open_sources(config.data, vocab_size=config.model.vocab_size)
+    sources = open_sources(config.data, vocab_size=config.model.vocab_size, spools=spools)
     present = [opened.present(source) for opened, source in zip(sources, config.data.train, strict=True)]
     now = Pace(0, 0, config.train.global_batch)
     return continue_history(None, present, config.data.curriculum, now=now, steps=step)[0]

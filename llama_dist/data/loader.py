@@ -14,6 +14,7 @@ from llama_dist.data.history import History, Pace, continue_history
 from llama_dist.data.mixture import Mixture
 from llama_dist.data.samples import Rows
 from llama_dist.data.sources import open_sources
+from llama_dist.data.stream import Spools
 from llama_dist.data.tokenizer import Tokenizer, load_tokenizer
 from llama_dist.errors import UserError
 
@@ -52,6 +53,7 @@ class Loader:
         dp: int,
         dp_rank: int,
         pin: bool = False,
+        spools: Spools | None = None,
     ) -> None:
         if global_batch % (dp * micro_batch):
             raise UserError(
@@ -60,7 +62,7 @@ class Loader:
             )
         assert 0 <= dp_rank < dp, f"dp_rank {dp_rank} of dp {dp}"
         self._data = data
-        self._sources = open_sources(data, vocab_size=vocab_size)
+        self._sources = open_sources(data, vocab_size=vocab_size, spools=spools)
         # Only boundaries need the tokenizer itself.
         self._tokenizer: Tokenizer | None = load_tokenizer(data.tokenizer) if data.document_mask else None
         self._masked = data.packing != "concat"
@@ -94,6 +96,8 @@ class Loader:
         self._mixture = Mixture(history.phases)
         self._by_number = {n: source.samples for n, source in zip(numbers, self._sources, strict=True)}
         self._names = {n: source.known.name for n, source in zip(numbers, self._sources, strict=True)}
+        # Places in a stream are known when its text is there: nothing may ask for them before they are needed.
+        self._waits = any(source.samples.size is None for source in self._sources)
         self._block = lru_cache(maxsize=2)(self._places)  # that of the step, and that of the steps looked ahead to
         return history
 
@@ -124,6 +128,8 @@ class Loader:
 
     def prefetch(self, samples_consumed: int) -> None:
         """Have the step after `samples_consumed` samples ready soon; only a hint."""
+        if self._waits:
+            return
         numbers, samples = self._step(samples_consumed)
         for number, chosen in _by_source(numbers):
             self._by_number[number].prefetch(samples[chosen])
@@ -140,7 +146,7 @@ class Loader:
 
     @property
     def _steps_of_block(self) -> int:
-        return max(1, BLOCK // self._share)
+        return 1 if self._waits else max(1, BLOCK // self._share)
 
     def _places(self, rest: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """As `_step`, of all steps of a block that the data lasts for: int64 (steps, samples of this replica) each."""

@@ -11,6 +11,7 @@ from llama_dist.config_data import DataConfig
 from llama_dist.data.history import History
 from llama_dist.data.mixture import Mixture
 from llama_dist.data.sources import OpenSource, open_known
+from llama_dist.data.stream import Spools
 from llama_dist.errors import UserError
 
 
@@ -42,7 +43,9 @@ class Explained:
     tokens: np.ndarray
 
 
-def explain(history: History, positions: Sequence[int], data: DataConfig, *, vocab_size: int) -> Iterator[Explained]:
+def explain(
+    history: History, positions: Sequence[int], data: DataConfig, *, vocab_size: int, spools: Spools | None = None
+) -> Iterator[Explained]:
     """What stands at some positions of a run, in order; `data` gives seed, length and tokenizer.
 
     Raises UserError behind the end of the data, and where a source does not hold any more what the run has read.
@@ -51,7 +54,10 @@ def explain(history: History, positions: Sequence[int], data: DataConfig, *, voc
     if mixture.end is not None and max(positions) >= mixture.end:
         raise UserError(f"sample {max(positions)} of the run: the data ends at {mixture.end}")
     numbers, own = mixture.at(np.array(positions, dtype=np.int64))
-    sources = {n: open_known(history.sources[n], data, vocab_size=vocab_size) for n in np.unique(numbers).tolist()}
+    sources = {
+        n: open_known(history.sources[n], data, vocab_size=vocab_size, spools=spools)
+        for n in np.unique(numbers).tolist()
+    }
     for position, number, place in zip(positions, numbers.tolist(), own, strict=True):
         source = sources[number]
         sample = source.samples.at(np.array([place]), seed=data.seed, number=number)

@@ -54,6 +54,8 @@ def history_of(checkpoint: Checkpoint, run: RunConfig) -> History:
         return History.from_json(manifest["data"])
     then = config_of(checkpoint)
     for data in (run.data, then.data):
+        if any(source.stream is not None for source in data.train):
+            continue  # younger than such checkpoints
         try:
             sources = open_sources(data, vocab_size=run.model.vocab_size)
         except UserError:

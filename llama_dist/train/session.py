@@ -22,7 +22,11 @@ from llama_dist.data.loader import Loader
 from llama_dist.data.packing import find_packing_damage
 from llama_dist.data.prefetch import Prefetching
 from llama_dist.data.remote import is_url
-from llama_dist.data.shards import Shards, find_damage
+from llama_dist.data.shards import MANIFEST, Shards, find_damage
+from llama_dist.data.spool import jobs_of, spooling
+from llama_dist.data.spool_writer import SpoolJob
+from llama_dist.data.stream import STREAMS, Spools, spool_of
+from llama_dist.data.tokenizer import fingerprint_of
 from llama_dist.errors import RunError, UserError
 from llama_dist.eval.scoring import Replica
 from llama_dist.files import write_file
@@ -42,6 +46,7 @@ from llama_dist.train.signals import StopRequest, stop_request
 
 log = logging.getLogger("llama_dist")
 
+PATIENCE = 0.8  # of the time that ranks wait for each other: what a stream lacks is said before they give up
 EXIT_DONE = 0
 EXIT_LOST = EXIT_UNSAVED = 1  # another rank died or fell silent; the last save failed
 EXIT_STOPPED = 75  # asked to stop, saved, not finished: launchers start the run again on this status
@@ -65,6 +70,7 @@ def run_training(run: RunConfig) -> int:
         dp=layout.dp,
         dp_rank=coord.dp,
         pin=device.type == "cuda",
+        spools=Spools(Path(run.folder) / STREAMS, wait_seconds=PATIENCE * run.train.timeout_seconds),
     )
     evaluation = Evaluation(run)
     check_sizes(run)
@@ -138,29 +144,38 @@ def _resume_or_start(
             step, steps = position.step, run.train.steps
             print(f"{run.folder}: the run is finished: it stands at step {step}, and train.steps is {steps}")
         return EXIT_DONE
-    # From here on this start holds the run: an earlier one that still lives stops at its next step.
-    try:
-        ledger, attempt = _open_folder(run, runtime)
-        steps_log = _open_steps_log(run, runtime, attempt) if ledger else None
-    except OSError as error:
-        raise UserError(f"folder={run.folder}: cannot be written to: {error}; mend it or name another") from error
-    coordinator = _build(run, runtime, history, evaluation, request, ledger, attempt, steps_log)
-    for problem in passed_over:
-        coordinator.tell(f"[red]checkpoint passed over:[/] {problem}", "checkpoint_passed_over", problem=problem)
-    started_at = time.perf_counter()
-    begun = coordinator.restore(checkpoint)
-    _tell_mixture(run, coordinator, then, begun)
-    until = begun.samples + (run.train.steps - begun.step) * run.train.global_batch
-    with Prefetching(loader, steps=run.data.prefetch, until=until) as steps_ahead:
-        position = train(
-            run,
-            engine=coordinator.engine,
-            runner=coordinator.runner,
-            loader=steps_ahead,
-            coordinator=coordinator,
-            position=begun,
-        )
-    return _finish(run, coordinator, begun, position, time.perf_counter() - started_at)
+    with spooling(_spool_jobs(run, runtime)):
+        # From here on this start holds the run: an earlier one that still lives stops at its next step.
+        try:
+            ledger, attempt = _open_folder(run, runtime)
+            steps_log = _open_steps_log(run, runtime, attempt) if ledger else None
+        except OSError as error:
+            raise UserError(f"folder={run.folder}: cannot be written to: {error}; mend it or name another") from error
+        coordinator = _build(run, runtime, history, evaluation, request, ledger, attempt, steps_log)
+        for problem in passed_over:
+            coordinator.tell(f"[red]checkpoint passed over:[/] {problem}", "checkpoint_passed_over", problem=problem)
+        started_at = time.perf_counter()
+        begun = coordinator.restore(checkpoint)
+        _tell_mixture(run, coordinator, then, begun)
+        until = begun.samples + (run.train.steps - begun.step) * run.train.global_batch
+        with Prefetching(loader, steps=run.data.prefetch, until=until) as steps_ahead:
+            position = train(
+                run,
+                engine=coordinator.engine,
+                runner=coordinator.runner,
+                loader=steps_ahead,
+                coordinator=coordinator,
+                position=begun,
+            )
+        return _finish(run, coordinator, begun, position, time.perf_counter() - started_at)
+
+
+def _spool_jobs(run: RunConfig, runtime: Runtime) -> list[SpoolJob]:
+    """What this rank has its streams tokenised by: the coordinator does it for all."""
+    if not runtime.is_coordinator:
+        return []
+    folder, fingerprint = Path(run.folder), fingerprint_of(run.data.tokenizer)
+    return jobs_of(run.data, fingerprint=fingerprint, folder=folder / STREAMS, logs=folder / "logs")
 
 
 def _tell_mixture(run: RunConfig, coordinator: Coordinator, then: History | None, begun: Position) -> None:
@@ -187,7 +202,7 @@ def check_shards(run: RunConfig, runtime: Runtime) -> None:
     """Raise UserError on all ranks, naming the files, when shards are not what their manifests say. Collective."""
     if not run.data.verify:
         return
-    paths = [source.shards for source in run.data.train] + ([run.data.heldout] if run.data.heldout else [])
+    paths = [path for path in shard_paths(run) if path] + ([run.data.heldout] if run.data.heldout else [])
     rank, world = runtime.rank, runtime.layout.world
     problems = [problem for path in paths for problem in find_damage(path, part=rank, parts=world)]
     if run.data.packing == "best_fit":
@@ -342,5 +357,18 @@ def _finish(run: RunConfig, coordinator: Coordinator, begun: Position, position:
 
 def unigram_entropy(run: RunConfig) -> float | None:
     """Nats per token of a model that knows only how often each token occurs: what a real one must beat."""
-    manifest = Shards(run.data.train[0].shards).manifest
+    path = shard_paths(run)[0]
+    manifest = Shards(path).manifest if path else None
     return None if manifest is None else manifest.unigram_entropy
+
+
+def shard_paths(run: RunConfig) -> list[str | None]:
+    """Where the shards of each source lie, those of a stream being its spool; None: it has none yet."""
+    paths: list[str | None] = []
+    for source in run.data.train:
+        if source.stream is None:
+            paths.append(source.shards)
+        else:
+            spool = spool_of(source.stream, fingerprint_of(run.data.tokenizer), Path(run.folder) / STREAMS)
+            paths.append(str(spool) if (spool / MANIFEST).is_file() else None)
+    return paths
