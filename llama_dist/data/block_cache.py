@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import threading
 import warnings
 from array import array
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from llama_dist.errors import UserError
 
 LOCKS = 1024
 CHECKSUM_BYTES = 8
+EVICTIONS = 20  # tries to make room; a block that is used between two looks stays
 
 
 class BlockCache:
@@ -30,8 +32,8 @@ class BlockCache:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._blocks, self._locks, self.limit = folder / "blocks", folder / "locks", limit
-        # The first write looks at what others have left.
-        self._written = limit
+        self._writing = threading.Lock()
+        self._written = limit  # the first write looks at what others have left
         try:
             for made in (self._blocks, self._locks):
                 made.mkdir(parents=True, exist_ok=True)
@@ -63,28 +65,25 @@ class BlockCache:
     def put(self, key: str, number: int, block: bytes) -> None:
         """Keep a block. A disk that is full is warned of and is no error: the block is at hand all the same."""
         path = self._path(key, number)
+        content = block + _checksum(key, number, block)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-            try:
-                with open(handle, "wb", buffering=0) as file:
-                    for part in (block, _checksum(key, number, block)):
-                        file.write(part)
-                os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            with self._writing:
+                self._make_room(len(content))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+                try:
+                    with open(handle, "wb") as file:
+                        file.write(content)
+                    os.replace(temporary, path)
+                except BaseException:
+                    Path(temporary).unlink(missing_ok=True)
+                    raise
         except OSError as error:
             warnings.warn(
                 f"{path.parent}: remote blocks cannot be kept there ({error.strerror}), and are fetched each time; "
                 "set data.cache to another folder, or lower data.cache_gb",
                 stacklevel=2,
             )
-            return
-        self._written += len(block)
-        if self._written > self.limit // 100:  # ten processes stay below the limit by what they write between two looks
-            self._written = 0
-            self._evict()
 
     @contextmanager
     def alone(self, key: str, number: int) -> Iterator[None]:
@@ -108,16 +107,28 @@ class BlockCache:
     def _path(self, key: str, number: int) -> Path:
         return self._blocks / key[:2] / key / str(number)
 
-    def _evict(self) -> None:
-        """Where they take more than nine tenths of the limit, delete those that were not used for longest."""
+    def _make_room(self, size: int) -> None:
+        """See to it that `size` bytes more still leave a tenth of the limit free."""
+        self._written += size
+        if self._written <= self.limit // 100:  # ten processes stay below the limit by what they write between two looks
+            return
+        self._written = 0
+        for _ in range(EVICTIONS):
+            if not self._evict(size):
+                return
+
+    def _evict(self, size: int) -> bool:
+        """Delete the blocks that were not used for longest; False where there is no need to."""
         times, sizes = array("d"), array("q")
         for _, stat in self._all():
             times.append(stat.st_mtime)
             sizes.append(stat.st_size)
-        if sum(sizes) <= self.limit * 9 // 10:
-            return
+        if sum(sizes) + size <= self.limit * 9 // 10:
+            return False
         order = np.argsort(np.array(times))[::-1]  # the latest first
-        kept = np.searchsorted(np.cumsum(np.array(sizes)[order]), self.limit * 8 // 10, side="right")
+        kept = int(np.searchsorted(np.cumsum(np.array(sizes)[order]), self.limit * 8 // 10 - size, side="right"))
+        if kept == len(times):
+            return False
         newest_to_go = times[int(order[kept])]
         for path, stat in self._all():
             if stat.st_mtime <= newest_to_go:
@@ -125,6 +136,7 @@ class BlockCache:
                     os.unlink(path)
                 except FileNotFoundError:  # another process evicts, too
                     pass
+        return True
 
     def _all(self) -> Iterator[tuple[str, os.stat_result]]:
         """Every file among the blocks; also those that a killed process left under a temporary name."""

@@ -16,17 +16,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from llama_dist.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
-from llama_dist.data.megatron import DTYPES, HEADER, MAGIC, Index, dtype_for
+from llama_dist.data.manifest import MANIFEST, Manifest, read_manifest
+from llama_dist.data.megatron import Index
 from llama_dist.data.remote import is_url, open_storage
 from llama_dist.data.storage import File, Storage
 from llama_dist.errors import RunError, UserError
 from llama_dist.files import check_file
 
-__all__ = [
-    "DTYPES", "FORMAT", "HEADER", "MAGIC", "MANIFEST", "Manifest", "Shards", "dtype_for", "find_damage",
-    "load_manifest", "verify",
-]  # fmt: skip
 MAX_OPEN_INDEXES = 16
 
 

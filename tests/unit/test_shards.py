@@ -18,10 +18,10 @@ from data_helpers import make_shards, small_tokenizer, text_of
 
 from llama_dist.data.describe import describe_shards
 from llama_dist.data.manifest import Manifest
-from llama_dist.data.megatron import HEADER, MAGIC
+from llama_dist.data.megatron import HEADER, MAGIC, dtype_for
 from llama_dist.data.prepare import prepare
 from llama_dist.data.shard_writer import ShardWriter
-from llama_dist.data.shards import Shards, dtype_for, load_manifest, verify
+from llama_dist.data.shards import Shards, load_manifest, verify
 from llama_dist.data.tokenizer import load_tokenizer
 from llama_dist.errors import UserError
 
