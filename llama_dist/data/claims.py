@@ -7,6 +7,7 @@ import fcntl
 import os
 from pathlib import Path
 
+LOCKS = "LOCKS"  # the file
 FOLDER = 0  # held while the plan is written, and while the results are merged
 PRESENCE = 1  # held, shared, by each process that works in the folder
 FIRST_UNIT = 2

@@ -79,9 +79,9 @@ def publish(folder: Path, out: Path) -> Manifest:
     manifest = load_manifest(folder)
     for entry in os.scandir(folder):
         if entry.is_dir():
-            shutil.rmtree(entry)
+            shutil.rmtree(entry, ignore_errors=True)
         elif entry.name != MANIFEST and entry.name not in manifest.files:
-            os.unlink(entry)
+            Path(entry).unlink(missing_ok=True)
     sync_folder(folder)
     os.replace(folder, out)
     sync_folder(out.parent)

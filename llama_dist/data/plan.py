@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from llama_dist.data.claims import Claims
+from llama_dist.data.claims import LOCKS, Claims
 from llama_dist.data.files import checksum_of
 from llama_dist.data.inputs import Input
 from llama_dist.data.manifest import MANIFEST
@@ -23,7 +23,7 @@ from llama_dist.data.rows import Reading
 from llama_dist.errors import UserError
 from llama_dist.files import write_file
 
-PLAN, LOCKS = "PLAN.json", "LOCKS"
+PLAN = "PLAN.json"
 WHOLE_BYTES = 1 << 30
 SAMPLES, SAMPLE_BYTES = 4, 16 << 10
 READERS = 16
@@ -86,12 +86,24 @@ def begun(folder: Path, plan: Plan) -> Iterator[Claims]:
     with Claims(folder / LOCKS) as claims:
         while not (claims.be_present() and claims.take_folder()):
             time.sleep(WAIT_SECONDS)  # another process looks at the plan too, or merges
-        if (folder / PLAN).exists():
-            _compare(folder, plan)
-        elif not (folder / MANIFEST).exists():  # all is done, and a kill came just before the folder was renamed
-            write_file(folder / PLAN, json.dumps(asdict(plan)).encode())
+        while not _agreed(folder, plan):
+            time.sleep(WAIT_SECONDS)
         claims.release_folder()
         yield claims
+
+
+def _agreed(folder: Path, plan: Plan) -> bool:
+    """Compare the plan with the one that is there, or write it; False where another process was at it."""
+    if (folder / PLAN).exists():
+        _compare(folder, plan)
+    elif not (folder / MANIFEST).exists():  # else all is done, and a kill came just before the folder was renamed
+        try:
+            write_file(folder / PLAN, json.dumps(asdict(plan)).encode())
+        except (FileExistsError, FileNotFoundError):  # without locks two may write it at once
+            if not folder.exists():
+                raise
+            return False
+    return True
 
 
 def _compare(folder: Path, plan: Plan) -> None:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from llama_dist.data.documents import with_line
-from llama_dist.data.units import EMPTY, SKIPPED, Record, Unit, finished, load_record
+from llama_dist.data.units import EMPTY, MERGED, SKIPPED, Record, Unit, finished, load_record
 from llama_dist.errors import UserError
 
 TOLD = 3
@@ -56,10 +56,15 @@ class Tally:
         return self.skipped.total() - self.skipped[EMPTY]
 
     def advance(self) -> set[int]:
-        """Returns the numbers of all units that are finished."""
+        """Returns the numbers of all units that are finished: all of them, once they have been put together."""
         done = finished(self._folder)
         while len(self.records) in done:
-            self._add(load_record(self._folder, len(self.records)))
+            record = load_record(self._folder, len(self.records))
+            if record is None:
+                break
+            self._add(record)
+        if (self._folder / MERGED).exists():
+            return set(range(len(self._units)))
         return done
 
     def _add(self, record: Record) -> None:

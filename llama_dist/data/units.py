@@ -7,6 +7,7 @@ of its process and renamed when all of it is on the disk, so a unit that is ther
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -23,6 +24,7 @@ import numpy as np
 from llama_dist.data.claims import Claims
 from llama_dist.data.documents import Document, Reading, Skipped, read_part
 from llama_dist.data.inputs import DATASETS, Input, Part, cut
+from llama_dist.data.manifest import MANIFEST
 from llama_dist.data.opening import is_url
 from llama_dist.data.shard_writer import PAIR_TOKENS, ShardWriter
 from llama_dist.data.tokenizer import Tokenizer
@@ -35,6 +37,7 @@ BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1 << 14
 SKIPPED_LINES = 100  # of a unit, that are listed one by one
 FIRST_SKIPPED = 3  # of a unit, that its record tells
+MERGED = MANIFEST  # there when all units have been put together, before they are removed
 EMPTY = "empty"  # the kind of a document without text, which is no fault
 RECORD, COUNTS, SKIPPED = "record.json", "counts.npz", "skipped.jsonl"
 
@@ -92,28 +95,31 @@ def units_of(inputs: Sequence[Input], unit_bytes: int) -> list[Unit]:
     parts: list[Part] = []
     size = 0
     for part in cut(inputs, unit_bytes):
-        parts.append(part)
         is_local = not (is_url(part.path) or part.path.startswith(DATASETS))
-        size += part.bytes if part.bytes or is_local else unit_bytes  # of unknown size: a unit of its own
-        if size >= unit_bytes:
+        more = part.bytes if part.bytes or is_local else unit_bytes  # of unknown size: a unit of its own
+        if parts and size + more // 2 >= unit_bytes:  # with this part it would be further from the size than without
             units.append(Unit(len(units), tuple(parts), size))
             parts, size = [], 0
+        parts.append(part)
+        size += more
     if parts:
         units.append(Unit(len(units), tuple(parts), size))
     return units
 
 
 def finished(folder: Path) -> set[int]:
-    """The numbers of the units that are done."""
+    """The numbers of the units that are done and have not been put together."""
     return {int(name) for name in os.listdir(folder) if name.isdigit()}
 
 
-def load_record(folder: Path, number: int) -> Record:
-    """Raises UserError where the record of a finished unit cannot be read: it was changed from outside."""
+def load_record(folder: Path, number: int) -> Record | None:
+    """None: all units were put together, and theirs go. Raises UserError where it was changed from outside."""
     file = folder / f"{number:05d}" / RECORD
     try:
         return Record(**json.loads(file.read_bytes()))
     except (ValueError, TypeError, OSError) as error:
+        if (folder / MERGED).exists() or not folder.exists():
+            return None
         raise UserError(f"{file}: is damaged ({error}); remove {file.parent} and prepare again") from error
 
 
@@ -123,7 +129,7 @@ def do_unit(unit: Unit, job: Job, tokenizer: Tokenizer, claims: Claims, tell: Ca
         return False
     try:
         done = job.folder / unit.name
-        if done.is_dir():
+        if done.is_dir() or (job.folder / MERGED).exists():
             return True
         work = _work_folder(unit, job.folder, claims)
         try:
@@ -131,8 +137,9 @@ def do_unit(unit: Unit, job: Job, tokenizer: Tokenizer, claims: Claims, tell: Ca
             sync_folder(work)
             os.rename(work, done)
             sync_folder(job.folder)
-        except FileExistsError:  # without locks, another process may have made the same
-            pass
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise  # without locks, another process may have made the same
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return True
@@ -148,6 +155,12 @@ def _work_folder(unit: Unit, folder: Path, claims: Claims) -> Path:
     work = folder / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
     work.mkdir()
     return work
+
+
+def discard_work(folder: Path, process: int) -> None:
+    """Remove what a process of this machine, which has ended, had begun."""
+    for left in folder.glob(f"*.work-{socket.gethostname()}-{process}-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _encode(unit: Unit, job: Job, tokenizer: Tokenizer, folder: Path, tell: Callable[[int], None]) -> None:

@@ -14,10 +14,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
-from llama_dist.data.claims import Claims
-from llama_dist.data.plan import LOCKS
+from llama_dist.data.claims import LOCKS, Claims
 from llama_dist.data.tokenizer import Tokenizer, load_tokenizer
-from llama_dist.data.units import Job, Unit, do_unit
+from llama_dist.data.units import Job, Unit, discard_work, do_unit
 from llama_dist.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -95,6 +94,7 @@ def run_in_processes(units: Sequence[Unit], job: Job, count: int, progress: Prog
             process.kill()
         for process in processes:
             process.join()
+            discard_work(job.folder, process.pid or 0)
 
 
 def _hear(connection: Connection, process: BaseProcess, unit: Unit, progress: Progress) -> bool:

@@ -50,7 +50,7 @@ def make(**settings: Any) -> Prepared:
 
 
 def content(folder: str) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    return {file.name: file.read_bytes() if file.is_file() else b"" for file in Path(folder).iterdir()}
 
 
 def undisturbed() -> dict[str, bytes]:
@@ -215,7 +215,8 @@ def test_a_folder_without_locks_is_right_too(here: Path, monkeypatch: pytest.Mon
     children = [in_child(lambda rank=rank: make(node=Node(rank, 2))) for rank in (0, 1, 1)]
     statuses = [status_of(child) for child in children]
     assert 0 in statuses
-    assert content("out") == whole
+    verify("out")
+    assert {name: data for name, data in content("out").items() if name in whole} == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -240,7 +241,7 @@ def test_a_signal_leaves_it_to_go_on_from_and_says_so(here: Path, number: signal
         said,
     )
     assert found and 2 <= int(found[1]) <= int(found[2]), said
-    assert not list(Path("out.partial").glob("*.work-*")) or workers == 2
+    assert not list(Path("out.partial").glob("*.work-*"))
     make()
     assert content("out") == whole
 
