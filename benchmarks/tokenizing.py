@@ -87,8 +87,8 @@ def measure(file: Path, documents: Iterator[str], total: int) -> str:
         size += sum(len(text.encode()) for text in batch)
         assert lengths.tolist() == list(map(len, expected)), f"{file}: other lengths than the library's"
         assert np.array_equal(ids, list(chain.from_iterable(expected))), f"{file}: other ids than the library's"
-    rates = size / plain_seconds / 1e6, size / our_seconds / 1e6
-    return f"{size / 1e6:7.1f} MB   loop {rates[0]:6.2f} MB/s   ours {rates[1]:6.2f} MB/s   ratio {rates[1] / rates[0]:.2f}"
+    loop, mine = size / plain_seconds / 1e6, size / our_seconds / 1e6
+    return f"{size / 1e6:7.1f} MB   loop {loop:6.2f} MB/s   ours {mine:6.2f} MB/s   ratio {mine / loop:.2f}"
 
 
 def main() -> None:
