@@ -11,6 +11,7 @@ import psutil
 import pytest
 from test_resume import EVERY, STEPS, WORDS, Ended, Start, Started, curve_of, events_of, home, start
 
+from llama_dist import cli
 from llama_dist.config import load_config
 from llama_dist.data.loader import Loader
 from llama_dist.data.shards import load_manifest, verify
@@ -39,7 +40,9 @@ def ended_well(run: Started) -> Ended:
     return ended
 
 
-def test_a_stream_is_read_alike_through_a_kill_and_another_size(start: Start, text: Path, tmp_path: Path) -> None:
+def test_a_stream_is_read_alike_through_a_kill_and_another_size(
+    start: Start, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
     ended_well(stream(start, text, undisturbed))
     exact = curve_of(undisturbed)
@@ -67,6 +70,11 @@ def test_a_stream_is_read_alike_through_a_kill_and_another_size(start: Start, te
     for (*_, loss, norm, _), (*_, exact_loss, exact_norm, _) in zip(curve, exact, strict=True):
         assert (loss, norm) == pytest.approx((exact_loss, exact_norm), rel=1e-5)
     assert epochs_of(folder) > 1, "the text was read again after its end"
+    told = []
+    for path in (undisturbed, folder):
+        assert cli.main(["data", "why", str(path), "--step", str(STEPS), "--json"]) == 0
+        told.append(capsys.readouterr().out.replace(str(path), "RUN"))
+    assert told[0] == told[1] and told[0].count(str(Path("RUN") / STREAMS)) >= 8
 
 
 def epochs_of(folder: Path) -> float:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import small_tokenizer, text_of, write_jsonl
+import torch
+from data_helpers import make_shards, small_tokenizer, text_of, write_jsonl
 
+from llama_dist.config import load_config
 from llama_dist.config_data import DataConfig, Source, StreamSource
 from llama_dist.data import spool_writer
 from llama_dist.data.claims import Claims
@@ -264,6 +268,37 @@ def test_sizes_of_a_run_do_not_change_what_a_step_reads(small: None, text: Path,
     whole = size // WINDOW * WINDOW
     everything = [row for consumed in range(0, whole, 8) for row in step(consumed, 1)]
     assert sorted(everything) == sorted(Shards(job.folder).rows(np.arange(whole) * SEQ_LEN, SEQ_LEN + 1).tolist())
+
+
+def test_a_stream_mixes_with_shards(small: None, text: Path, tmp_path: Path) -> None:
+    job = job_of(text, tmp_path)
+    shards = make_shards(tmp_path / "more", first=500)
+    write_some(job, 2 * WINDOW * SEQ_LEN)
+    data = config(text)
+    data = data.model_copy(update={"train": [*data.train, Source(shards=str(shards), weight=3)]})
+    sizes = {"vocab_size": 340, "global_batch": 8, "micro_batch": 8, "dp": 1, "dp_rank": 0}
+    loader = Loader(data, spools=Spools(tmp_path, wait_seconds=5), **sizes)
+    sizes_known = loader.num_samples
+    rows = torch.cat([loader.microbatches(consumed)[0].tokens for consumed in range(0, 4 * WINDOW, 8)]).tolist()
+    assert sizes_known == [None, Concatenated(Shards(shards), SEQ_LEN).size]
+    streamed = Shards(job.folder).rows(np.arange(WINDOW) * SEQ_LEN, SEQ_LEN + 1).tolist()
+    assert Counter(map(tuple, streamed)) <= Counter(map(tuple, rows)), "its first window, in a quarter of the samples"
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "told"),
+    [
+        ("{weight: 1}", (), "data.train.0: of shards and stream it has neither; give one of the two"),
+        ("{shards: s, stream: {path: t}}", (), "data.train.0: of shards and stream it has both"),
+        ("{stream: {path: t}, epochs: 2}", (), "data.train.0.epochs=2: how long a stream is shows only at its end"),
+        ("{stream: {path: t}}", ("data.packing=best_fit",), "data.packing=best_fit needs all documents at hand"),
+        ("{stream: {text: t}}", (), "data.train.0.stream.path is missing"),
+        ("{stream: {path: t, window: 0}}", (), "data.train.0.stream.window=0 is not allowed"),
+    ],
+)
+def test_a_source_that_cannot_be_is_explained(repo: Path, source: str, settings: tuple[str, ...], told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        load_config(repo / "configs" / "run" / "tiny.yaml", [f"data.train=[{source}]", *settings])
 
 
 @pytest.mark.parametrize("spelling", ["file", "json", "folder"])
