@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_dist.config import RunConfig, load_config
+from llama_dist.data.documents import with_line
 from llama_dist.data.history import History, Pace, continue_history
 from llama_dist.data.mixture import Mixture
 from llama_dist.data.sources import open_sources
@@ -117,7 +118,9 @@ def _in_words(sample: Explained, tokenizer: Tokenizer) -> str:
     epoch = "" if sample.epoch is None else f" in epoch {sample.epoch + 1}"
     lines = [f"sample {sample.position}: {sample.source}, its sample {sample.sample}{epoch}"]
     for part in sample.parts:
-        lines.append(f"  {part.file}: document {part.document}, tokens {part.start} to {part.stop - 1} of {part.size}")
+        where = "" if part.origin is None else f" ({_where(*part.origin)})"
+        tokens = f"tokens {part.start} to {part.stop - 1} of {part.size}"
+        lines.append(f"  {part.file}: document {part.document}{where}, {tokens}")
     return "\n".join([*lines, f"  {tokenizer.decode(sample.tokens[:SHOWN].tolist())!r}"])
 
 
@@ -128,9 +131,23 @@ def _as_json(sample: Explained, tokenizer: Tokenizer) -> str:
         "sample": sample.sample,
         "epoch": sample.epoch,
         "documents": [
-            {"file": part.file, "document": part.document, "start": part.start, "stop": part.stop, "tokens": part.size}
+            {
+                "file": part.file,
+                "document": part.document,
+                "input": part.origin and part.origin[0],
+                "id": part.origin and with_line(part.origin[1]),
+                "start": part.start,
+                "stop": part.stop,
+                "tokens": part.size,
+            }
             for part in sample.parts
         ],
         "begins": tokenizer.decode(sample.tokens[:SHOWN].tolist()),
     }
     return json.dumps(values)
+
+
+def _where(path: str, id: str) -> str:
+    """The input of a document and its id there, which may begin with it."""
+    place = with_line(id)
+    return place if place.startswith(path) else f"{path}: {place}"

@@ -88,7 +88,8 @@ def _texts(inputs: Sequence[str], reading: Reading, limit: SkipLimit) -> Iterato
     documents = 0
     kinds: Counter[str] = Counter()
     first: list[str] = []
-    for item in list_inputs(inputs):
+    files = list_inputs(inputs)
+    for item in files:
         for document in read_part(Part(item.path), reading):
             if isinstance(document, Document):
                 documents += 1
@@ -103,3 +104,6 @@ def _texts(inputs: Sequence[str], reading: Reading, limit: SkipLimit) -> Iterato
         if not limit.allows(skipped, documents + skipped):
             raise UserError(f"{told}; allowed are {limit.text}: mend them, or raise --max-skipped")
         print(told, file=sys.stderr)
+    if not documents:
+        names = ", ".join(item.path for item in files[:TOLD]) + (", ..." if len(files) > TOLD else "")
+        raise UserError(f"{names}: no documents with text; give at least one file that has some")

@@ -106,7 +106,7 @@ def _move_pairs(folder: Path, units: list[Unit], records: list[Record]) -> dict[
     """Number the pairs of all units through; those that were moved before a kill are there already."""
     files: dict[str, dict[str, Any]] = {}
     for unit, record in zip(units, records, strict=True):
-        first = len(files) // 2
+        first = sum(name.endswith(".bin") for name in files)
         for name, entry in record.files.items():
             pair, suffix = name.split(".")
             target = f"{first + int(pair):05d}.{suffix}"

@@ -211,7 +211,8 @@ def identity_of(shards: Shards) -> str:
     if shards.manifest is None:
         files: object = shards.sample_checksums()
     else:
-        files = {name: (file["bytes"], file["xxh3_128"]) for name, file in shards.manifest.files.items()}
+        held = ((name, file) for name, file in shards.manifest.files.items() if name.endswith((".bin", ".idx")))
+        files = {name: (file["bytes"], file["xxh3_128"]) for name, file in held}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

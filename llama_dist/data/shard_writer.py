@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llama_dist.data.megatron import DTYPES, HEADER, MAGIC, dtype_for
+from llama_dist.data.origins import SUFFIX, OriginWriter
 from llama_dist.errors import UserError
 from llama_dist.files import HashingFile
 
@@ -21,7 +23,7 @@ BLOCK = 1 << 20  # tokens, or documents of an index, that are converted at a tim
 
 
 class ShardWriter:
-    """Writes documents into the .bin/.idx pairs of a folder, and counts tokens as they pass.
+    """Writes documents into the .bin/.idx pairs of a folder, with the .ids of each, and counts tokens as they pass.
 
     A pair ends with the document that takes it to `pair_tokens` or to PAIR_DOCUMENTS. The lengths of one pair's
     documents are held, 64 MB at most. Leaving the `with` block closes what is open; `finish` makes it complete.
@@ -35,6 +37,7 @@ class ShardWriter:
         self.files: dict[str, dict[str, Any]] = {}
         self._folder = folder
         self._pair_tokens = pair_tokens
+        self._num_pairs = 0
         self._bin: HashingFile | None = None
         self._open_files = ExitStack()
 
@@ -51,8 +54,11 @@ class ShardWriter:
         """In nats per token."""
         return unigram_entropy(self.counts)
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: their tokens one after another, and how many each has, one or more."""
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, ids: Sequence[tuple[str, str]] | None = None) -> None:
+        """Append documents: their tokens one after another, and how many each has, one or more.
+
+        `ids`: the input of each and its id there, of all documents or of none.
+        """
         if len(lengths) and lengths.max() > MAX_DOCUMENT_TOKENS:
             raise UserError(
                 f"document {self.num_documents + int(lengths.argmax())}: has {lengths.max()} tokens; "
@@ -69,6 +75,8 @@ class ShardWriter:
             self._write(file, tokens[written:end])
             self._lengths.frombytes(lengths[done:until].astype(np.int32).tobytes())
             self._num_pair_tokens += end - written
+            if ids is not None:
+                self._add_ids(ids[done:until])
             if self._num_pair_tokens >= self._pair_tokens or len(self._lengths) >= PAIR_DOCUMENTS:
                 self._end_pair(file)
             done, written = until, end
@@ -87,14 +95,24 @@ class ShardWriter:
             self.counts += np.bincount(block, minlength=len(self.counts))
             file.write(block.astype(self.dtype))
 
+    def _add_ids(self, ids: Sequence[tuple[str, str]]) -> None:
+        if self._ids is None:
+            self._ids = OriginWriter(self._folder / f"{self._name}{SUFFIX}")
+            self._open_files.enter_context(self._ids.file)
+        self._ids.add(ids)
+
     def _begin_pair(self) -> HashingFile:
-        self._name = f"{len(self.files) // 2:05d}"
+        self._name = f"{self._num_pairs:05d}"
+        self._num_pairs += 1
+        self._ids: OriginWriter | None = None
         self._bin = self._open_files.enter_context(HashingFile(self._folder / f"{self._name}.bin"))
         self._lengths = array("i")
         self._num_pair_tokens = 0
         return self._bin
 
     def _end_pair(self, bin_file: HashingFile) -> None:
+        if self._ids is not None:
+            self._ids.finish()
         self._open_files.close()
         self._bin = None
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
@@ -103,6 +121,9 @@ class ShardWriter:
         holds = {"tokens": self._num_pair_tokens, "documents": len(lengths)}
         self.files[f"{self._name}.bin"] = {"bytes": bin_file.size, "xxh3_128": bin_file.checksum, **holds}
         self.files[f"{self._name}.idx"] = {"bytes": index.size, "xxh3_128": index.checksum}
+        if self._ids is not None:
+            ids = self._ids.file
+            self.files[f"{self._name}{SUFFIX}"] = {"bytes": ids.size, "xxh3_128": ids.checksum}
 
 
 def unigram_entropy(counts: np.ndarray) -> float:

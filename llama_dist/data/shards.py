@@ -18,6 +18,7 @@ import xxhash
 
 from llama_dist.data.manifest import MANIFEST, Manifest, read_manifest
 from llama_dist.data.megatron import Index
+from llama_dist.data.origins import SUFFIX, read_origin
 from llama_dist.data.remote import is_url, open_storage
 from llama_dist.data.storage import File, Storage
 from llama_dist.errors import RunError, UserError
@@ -168,6 +169,17 @@ class Shards:
         offset, index = self._token_starts[pair], self._index(pair)
         document = index.document_at(token - offset)
         return self._document_starts[pair] + document, offset + index.span(document)[0]
+
+    def origin(self, i: int) -> tuple[str, str] | None:
+        """The input that document `i` came from, and its id there; None where the shards do not tell."""
+        assert 0 <= i < self.num_documents, f"document {i} of {self.num_documents}"
+        pair = bisect_right(self._document_starts, i) - 1
+        name = f"{self._pairs[pair].name}{SUFFIX}"
+        entry = self.manifest.files.get(name) if self.manifest else None
+        if entry is None:
+            return None
+        first, end = self._document_starts[pair : pair + 2]
+        return read_origin(self._open(name, entry["bytes"], entry["xxh3_128"]), i - first, documents=end - first)
 
     def document_lengths(self) -> np.ndarray:
         """The number of tokens of every document: int64 (num_documents,)."""

@@ -26,6 +26,7 @@ from llama_dist.data.documents import Skipped, read_part, with_line
 from llama_dist.data.files import checksum_of
 from llama_dist.data.inputs import cut, list_inputs
 from llama_dist.data.manifest import MANIFEST, FileEntry, Manifest
+from llama_dist.data.origins import SUFFIX
 from llama_dist.data.rows import Reading
 from llama_dist.data.shard_writer import ShardWriter, unigram_entropy
 from llama_dist.data.shards import load_manifest
@@ -133,8 +134,8 @@ class _Spool:
                     self._judge(self._seen)
                     self.ended = True
                     break
-                texts, batch_size = batch
-                writer.add(*self._tokenizer.encode_batch(texts, bos_eos=True))
+                texts, ids, batch_size = batch
+                writer.add(*self._tokenizer.encode_batch(texts, bos_eos=True), ids)
                 size += batch_size
             writer.finish()
         self._commit(writer, size)
@@ -166,9 +167,10 @@ class _Spool:
     def _told(self) -> tuple[int, int]:
         return (self._manifest.tokens, self._manifest.documents) if self._manifest else (0, 0)
 
-    def _read_on(self) -> Iterator[tuple[list[str], int]]:
-        """Texts, some at a time, and their size in UTF-8; `self._read` is then how far they go."""
+    def _read_on(self) -> Iterator[tuple[list[str], list[tuple[str, str]], int]]:
+        """Texts, some at a time, their ids and their size in UTF-8; `self._read` is then how far they go."""
         texts: list[str] = []
+        ids: list[tuple[str, str]] = []
         length = size = 0
         for part in self._parts[self._read.part :]:
             for item in islice(read_part(part, self._job.reading), self._read.items, None):
@@ -178,14 +180,15 @@ class _Spool:
                     continue
                 self._seen += 1
                 texts.append(item.text)
+                ids.append((part.path, item.id))
                 length += len(item.text)
                 size += len(item.text) if item.text.isascii() else len(item.text.encode())
                 if length >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
-                    yield texts, size
-                    texts, length, size = [], 0, 0
+                    yield texts, ids, size
+                    texts, ids, length, size = [], [], 0, 0
             self._read.part, self._read.items = self._read.part + 1, 0
         if texts:
-            yield texts, size
+            yield texts, ids, size
 
     @property
     def _faults(self) -> int:
@@ -215,7 +218,7 @@ class _Spool:
         job, before, pair = self._job, self._manifest, self._num_pairs
         files: dict[str, FileEntry] = {}
         if before is not None:
-            files = {name: file for name, file in before.files.items() if name.endswith((".bin", ".idx"))}
+            files = {name: file for name, file in before.files.items() if name.endswith((".bin", ".idx", SUFFIX))}
         for name, entry in writer.files.items():
             pair_name = f"{pair:05d}{Path(name).suffix}"
             os.replace(job.folder / WORK / name, job.folder / pair_name)

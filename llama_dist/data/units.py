@@ -167,8 +167,8 @@ def _encode(unit: Unit, job: Job, tokenizer: Tokenizer, folder: Path, tell: Call
     record = Record()
     skips = _Skips(folder)
     with skips, ShardWriter(folder, vocab_size=tokenizer.vocab_size, pair_tokens=job.pair_tokens) as writer:
-        for texts, size in _batches(unit, job.reading, skips):
-            writer.add(*tokenizer.encode_batch(texts, bos_eos=True))
+        for texts, ids, size in _batches(unit, job.reading, skips):
+            writer.add(*tokenizer.encode_batch(texts, bos_eos=True), ids)
             record.raw_bytes += size
             tell(size)
         writer.finish()
@@ -183,9 +183,12 @@ def _encode(unit: Unit, job: Job, tokenizer: Tokenizer, folder: Path, tell: Call
         file.write(json.dumps(asdict(record)).encode())
 
 
-def _batches(unit: Unit, reading: Reading, skips: _Skips) -> Iterator[tuple[list[str], int]]:
-    """The texts of a unit, some at a time, and their size in bytes of UTF-8."""
+def _batches(
+    unit: Unit, reading: Reading, skips: _Skips
+) -> Iterator[tuple[list[str], list[tuple[str, str]], int]]:
+    """The texts of a unit, some at a time, with the input and id of each, and their size in bytes of UTF-8."""
     texts: list[str] = []
+    ids: list[tuple[str, str]] = []
     length = size = 0
     for part in unit.parts:
         for item in read_part(part, reading):
@@ -194,13 +197,14 @@ def _batches(unit: Unit, reading: Reading, skips: _Skips) -> Iterator[tuple[list
                 continue
             text = item.text
             texts.append(text)
+            ids.append((part.path, item.id))
             length += len(text)
             size += len(text) if text.isascii() else len(text.encode())
             if length >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
-                yield texts, size
-                texts, length, size = [], 0, 0
+                yield texts, ids, size
+                texts, ids, length, size = [], [], 0, 0
     if texts:
-        yield texts, size
+        yield texts, ids, size
 
 
 class _Skips:

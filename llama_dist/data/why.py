@@ -17,10 +17,14 @@ from llama_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens [start, stop) of a document, and the file that they begin in; the document has `size` tokens."""
+    """Tokens [start, stop) of a document, and the file that they begin in; the document has `size` tokens.
+
+    `origin`: the input that it came from and its id there; None where the shards do not tell (those of other tools).
+    """
 
     file: str
     document: int
+    origin: tuple[str, str] | None
     start: int
     stop: int
     size: int
@@ -75,4 +79,5 @@ def explain(
 def _parts(source: OpenSource, sample: int) -> Iterator[Part]:
     for span in source.samples.spans(sample):
         start, stop = source.shards.document_span(span.document)
-        yield Part(source.file_of(span), span.document, span.start, span.stop, stop - start)
+        origin = source.shards.origin(span.document)
+        yield Part(source.file_of(span), span.document, origin, span.start, span.stop, stop - start)

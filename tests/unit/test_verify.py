@@ -38,7 +38,7 @@ def test_whole_shards_and_pairs_are_told_so(shards: Path, capsys: pytest.Capture
     opened = Shards(shards)
     assert main(["verify", str(shards), "--tokenizer", str(small_tokenizer())]) == 0
     said = capsys.readouterr().out
-    assert "8 files of" in said and "xxh3-128" in said and "nothing is wrong" in said
+    assert "12 files of" in said and "xxh3-128" in said and "nothing is wrong" in said
     assert f"{opened.num_tokens:,} ids, the largest {opened.tokens(0, opened.num_tokens).max()}" in said
     assert "40 documents" in said and "a vocabulary of 340" in said
     assert main(["verify", str(shards / "00001"), "--workers", "1"]) == 0
@@ -219,7 +219,7 @@ def test_any_damage_is_found_by_verify_and_no_reader_crashes(shards: Path, tmp_p
     """400 seeded corruptions of a shard directory, 200 of a bare pair."""
     expected = read_everything(shards)
     files = sorted(path.name for path in shards.iterdir())
-    assert len(files) == 9
+    assert len(files) == 13
     harmless, told = 0, 0
     for seed in range(600):
         rng = random.Random(seed)

@@ -30,7 +30,7 @@ from llama_dist.data.clean.filters import Filters
 from llama_dist.data.clean.jsonl import JsonlWriter
 from llama_dist.data.clean.overlap import HeldOut, index_held_out
 from llama_dist.data.clean.pool import Pool
-from llama_dist.data.clean.report import Counts, Report
+from llama_dist.data.clean.report import Counts, Report, Tally
 from llama_dist.data.clean.work import Job, Judged, drop_duplicates, judge, paths_of
 from llama_dist.data.documents import read_documents, with_line
 from llama_dist.data.files import checksum_of, is_free, new_folder
@@ -170,7 +170,7 @@ class _Cleaning:
                 f"{self.choices.max_skipped} (for example {', '.join(map(with_line, examples))}); "
                 "mend them, or raise --max-skipped"
             )
-        if not counts.came.documents:
+        if counts.came.documents == counts.removed.get("empty", Tally()).documents:
             raise UserError("inputs: there is no document in them; give at least one file that has some")
 
     def _find_duplicates(self, judged: list[Judged], job: Job, firsts: np.ndarray) -> np.ndarray:
