@@ -21,6 +21,7 @@ from llama_dist.boxes import Box
 from llama_dist.checkpoint.pieces import check_coverage, moment_name
 from llama_dist.checkpoint.store import Position, newest_valid
 from llama_dist.config import RunConfig, build_config
+from llama_dist.data.history import History
 from llama_dist.data.loader import Batch
 from llama_dist.layout import Layout
 from llama_dist.model.cuts import logical_shapes
@@ -272,7 +273,7 @@ def coordinator_on_rank(case: Case, *, with_ledger: bool = False) -> Coordinator
     return _build(
         run,
         place,
-        loader=SimpleNamespace(fingerprint="the data"),
+        history=History((), (), ()),
         evaluation=SimpleNamespace(tokenizer=SimpleNamespace(fingerprint="none")),
         request=StopRequest(),
         ledger=ledger,
