@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_helpers import small_tokenizer, text_of
 from torch import nn
 
 BATCH, SEQ_LEN, HIDDEN, LAYERS, VOCAB = 8, 64, 64, 4, 64  # benchmarks/layouts.py --quick, in micro-batches of 1
 PARAMETERS = 2 * VOCAB * HIDDEN + HIDDEN + LAYERS * (2 * HIDDEN + 3 * HIDDEN * HIDDEN + 3 * HIDDEN * 128)
 MIB = 2**20
+NAMES = ("tokenising, workers", "loader")  # what the first columns of benchmarks/data.py are called
 
 
 def run_benchmark(repo: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -85,6 +87,24 @@ def test_building_holds_a_share_and_one_module(repo: Path, tmp_path: Path) -> No
     assert [row["stage"] for row in built] == ["0", "0", "1", "1"]
     # A stage held whole would be 1.6 times the bound; a few megabytes are of DeepSpeed's and gloo's own.
     assert all(0.5 < float(row[f"{phase}: ratio"]) < 1.2 for row in built for phase in ("weights", "all")), built
+
+
+def test_the_data_benchmark_has_a_row_for_each_contender(repo: Path, tmp_path: Path) -> None:
+    """Those that are not installed are told of; what ours make of the text is what sentencepiece does."""
+    (tmp_path / "text.txt").write_text("".join(text_of(i, words=600) for i in range(40)))
+    sizes = "--mb 0.3 --tokens 3e5 --length 128 --seconds 0.05 --repeat 1 --only ours alone bare litdata".split()
+    done = run_benchmark(repo, "data", "--corpora", str(tmp_path), "--tokenizer", str(small_tokenizer()), *sizes)
+    assert done.returncode == 0, done.stderr
+    tables = [read_table(part) for part in done.stdout.split("\n\n") if part.startswith("|")]
+    text, loaders = ({row[name]: row for row in table} for table, name in zip(tables, NAMES, strict=True))
+    assert {"ours, 1", "ours, 2", "sentencepiece alone", "once: ours, 1", "more: ours, 2"} <= text.keys()
+    assert loaders.keys() == {"bare memory map", "ours", "ours, read ahead", "litdata"}
+    for rows, speed in ((text, "MB/s"), (loaders, "Mtok/s")):
+        for label, row in rows.items():
+            measured = row[speed] != "not installed"
+            assert float(row[speed]) > 0 if measured else "ours" not in label, row
+    assert float(loaders["ours"]["memory MiB"]) < 200
+    assert done.stdout.count(": met") + done.stdout.count(": MISSED") + done.stdout.count("not measured") == 20
 
 
 @pytest.fixture
