@@ -54,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing more may be written there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_RUN_ERROR
+    except OSError as error:
+        if argv[0] == "train" or error.filename is None:
+            raise  # a run tells of its files by itself, and without a file it is nothing that a user could mend
+        print(f"llama-dist {argv[0]}: {error.filename}: {error.strerror}; mend the path, or name another", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"llama-dist {argv[0]}: interrupted", file=sys.stderr)
         return 130

@@ -121,7 +121,7 @@ def _in_words(sample: Explained, tokenizer: Tokenizer) -> str:
         where = "" if part.origin is None else f" ({_where(*part.origin)})"
         tokens = f"tokens {part.start} to {part.stop - 1} of {part.size}"
         lines.append(f"  {part.file}: document {part.document}{where}, {tokens}")
-    return "\n".join([*lines, f"  {tokenizer.decode(sample.tokens[:SHOWN].tolist())!r}"])
+    return "\n".join([*lines, f"  {_beginning(sample, tokenizer)!r}"])
 
 
 def _as_json(sample: Explained, tokenizer: Tokenizer) -> str:
@@ -142,9 +142,19 @@ def _as_json(sample: Explained, tokenizer: Tokenizer) -> str:
             }
             for part in sample.parts
         ],
-        "begins": tokenizer.decode(sample.tokens[:SHOWN].tolist()),
+        "begins": _beginning(sample, tokenizer),
     }
     return json.dumps(values)
+
+
+def _beginning(sample: Explained, tokenizer: Tokenizer) -> str:
+    tokens = sample.tokens[:SHOWN]
+    if not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        raise UserError(
+            f"{sample.parts[0].file}: holds ids from {tokens.min()} to {tokens.max()}, and the vocabulary has "
+            f"{tokenizer.vocab_size}; the shards are damaged, or are another tokenizer's; see `llama-dist verify`"
+        )
+    return tokenizer.decode(tokens.tolist())
 
 
 def _where(path: str, id: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import xxhash
@@ -97,8 +99,12 @@ def summary(inputs: list[dict[str, Any]]) -> dict[str, Any]:
 def _sum_of_counts(folder: Path, units: list[Unit], vocab_size: int) -> np.ndarray:
     counts = np.zeros(vocab_size, dtype=np.int64)
     for unit in units:
-        with np.load(folder / unit.name / COUNTS) as found:
-            counts += found["counts"]
+        file = folder / unit.name / COUNTS
+        try:
+            with np.load(file) as found:
+                counts += found["counts"]
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
+            raise UserError(f"{file}: is damaged ({error}); remove {file.parent} and prepare again") from error
     return counts
 
 

@@ -36,7 +36,7 @@ class SentencePieceTokenizer:
         try:
             model.ParseFromString(content)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (DecodeError, RuntimeError) as error:
+        except (DecodeError, RuntimeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{path}: not a sentencepiece model, nor a file of tiktoken ranks; give one of these, "
                 "or a Hugging Face tokenizer.json"

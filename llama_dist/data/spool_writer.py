@@ -27,6 +27,7 @@ from llama_dist.data.files import checksum_of
 from llama_dist.data.inputs import cut, list_inputs
 from llama_dist.data.manifest import MANIFEST, FileEntry, Manifest
 from llama_dist.data.origins import SUFFIX
+from llama_dist.data.plan import contents, identify
 from llama_dist.data.rows import Reading
 from llama_dist.data.shard_writer import ShardWriter, unigram_entropy
 from llama_dist.data.shards import load_manifest
@@ -107,7 +108,7 @@ class _Spool:
             return
         inputs = list_inputs([job.inputs])
         self._parts = cut(inputs, PART_BYTES)
-        made_of = xxhash.xxh3_128(json.dumps([[item.path, item.bytes] for item in inputs]).encode()).hexdigest()
+        made_of = xxhash.xxh3_128(json.dumps(contents(identify(inputs))).encode()).hexdigest()
         self._read, self._counts = self._begin(made_of)
         self._skipped = Counter(self._read.skipped)
         self._seen = self._told()[1] + self._faults
@@ -158,7 +159,7 @@ class _Spool:
             raise UserError(f"{folder}: is damaged ({error}); remove it, and the text is read again") from error
         if read.inputs != made_of:
             raise UserError(
-                f"{self._job.inputs}: is not what it was when the stream was begun: other files, or other sizes; give "
+                f"{self._job.inputs}: is not what it was when the stream was begun: other files, or other text; give "
                 f"back what it was, or remove {folder} to read what is there now from its beginning"
             )
         log.info("goes on after %d tokens of %d documents", *self._told())

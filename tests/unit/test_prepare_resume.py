@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from data_helpers import small_tokenizer, text_of, write_jsonl
 
-from llama_dist.data import units
+from llama_dist.cli import main
+from llama_dist.data import merge, units
 from llama_dist.data.claims import Claims
 from llama_dist.data.inputs import list_inputs
 from llama_dist.data.prepare import Node, Prepared, prepare
@@ -335,3 +336,21 @@ def test_the_result_is_whole(here: Path) -> None:
         if name.endswith(".bin"):
             pair = Shards(Path("out") / name.removesuffix(".bin"))
             assert (pair.num_tokens, pair.num_documents) == (entry["tokens"], entry["documents"])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\0" * 99])
+def test_damaged_counts_of_a_unit_are_named(here: Path, content: bytes) -> None:
+    (here / "00000").mkdir()
+    (here / "00000/counts.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"00000/counts\.npz: is damaged .* remove .*00000 and prepare again"):
+        merge._sum_of_counts(here, [units.Unit(0, (), 0)], 10)
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As root nothing is forbidden, so a file stands where a folder is wanted."""
+    (here / "file").write_text("")
+    source = write_jsonl(here / "a.jsonl", [text_of(i) for i in range(3)])
+    words = [str(source), "--tokenizer", str(small_tokenizer()), "--out", "file/below/out"]
+    assert main(["prepare", *words]) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "file/below" in said and "Not a directory" in said

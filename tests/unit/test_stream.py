@@ -242,11 +242,14 @@ def test_what_is_skipped_within_the_limit_is_counted(small: None, text: Path, tm
     assert (manifest.documents, manifest.skipped) == (DOCUMENTS, {"empty": 1, "json": 1})
 
 
-def test_another_text_under_the_same_name_is_refused(small: None, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("same_size", [False, True])
+def test_another_text_under_the_same_name_is_refused(
+    small: None, text: Path, tmp_path: Path, same_size: bool
+) -> None:
     job = job_of(text, tmp_path / "stream")
     write_some(job, 0)
-    with text.open("a") as file:
-        file.write(json.dumps({"text": "more"}) + "\n")
+    before = text.read_text()
+    text.write_text(before.replace("cat", "dog") if same_size else before + json.dumps({"text": "more"}) + "\n")
     with pytest.raises(UserError, match="is not what it was when the stream was begun.* remove .* to read"):
         write_all(job)
 
