@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from llama_dist.data.describe import describe_shards
+from llama_dist.data.inputs import passed_over
 from llama_dist.data.prepare import MAX_SKIPPED, Node, prepare
 from llama_dist.data.rows import MAX_DOCUMENT_BYTES, Reading
 from llama_dist.errors import UserError
@@ -106,5 +107,8 @@ def run(args: argparse.Namespace) -> int:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.items())
         listed = f"; see {args.out / 'skipped.jsonl'}" if "skipped.jsonl" in prepared.manifest.files else ""
         print(f"Skipped documents: {kinds}{listed}.", file=sys.stderr)
+    if others := passed_over(args.inputs):
+        names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        print(f"Files in these folders that are of no kind that is read here: {len(others):,} ({names}).", file=sys.stderr)
     print(describe_shards(args.out))
     return 0

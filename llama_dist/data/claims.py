@@ -7,6 +7,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from llama_dist.errors import UserError
+
 LOCKS = "LOCKS"  # the file
 FOLDER = 0  # held while the plan is written, and while the results are merged
 PRESENCE = 1  # held, shared, by each process that works in the folder
@@ -26,7 +28,10 @@ class Claims:
     """
 
     def __init__(self, file: Path) -> None:
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}; it must be a file that can be written to") from error
         self.shared = True
 
     def __enter__(self) -> Claims:

@@ -216,6 +216,13 @@ def _of_known_kinds(found: Iterable[Path], pattern: str, where: str) -> list[Inp
     return [Input(str(file), file.stat().st_size) for file in files]
 
 
+def passed_over(patterns: Sequence[str | Path]) -> list[str]:
+    """The files of folders on this machine, among `patterns`, that are of no kind that is read here; sorted."""
+    folders = [Path(str(pattern).removeprefix("file://")) for pattern in patterns]
+    inside = (path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in inside if not _is_data(str(path)))
+
+
 def _is_data(path: str) -> bool:
     return kind_of(path) is not None and name_of(path) not in ABOUT
 

@@ -111,7 +111,7 @@ def _compare(folder: Path, plan: Plan) -> None:
     try:
         then = Plan(**json.loads((folder / PLAN).read_bytes()))
         contents(then.inputs)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / PLAN}: is damaged ({error}); remove {folder}") from error
     if then.tokenizer != plan.tokenizer:
         raise UserError(f"{folder}: was begun with another tokenizer; {advice}")

@@ -24,7 +24,7 @@ class SkipLimit:
     def __init__(self, text: str) -> None:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)%|(\d+)", text.strip())
         if not found or (found[1] and Fraction(found[1]) > 100):
-            raise UserError(f"max_skipped={text!r}: must be a number of documents, or of 100, such as 0 or 0.1%")
+            raise UserError(f"max_skipped={text!r}: must be a number of documents such as 0, or a share of them such as 0.1%")
         self.text = text.strip()
         self._share = Fraction(found[1]) / 100 if found[1] else None
         self._count = int(found[2] or 0)

@@ -104,6 +104,8 @@ class Coordinator:
             f"resumed from {escape(str(checkpoint.path))}", "resume", step=step, bytes_read=read, changed=changed
         )
         for change in changed:
+            if change.startswith("data.train:"):
+                continue  # what that means for the data is told by itself
             self.tell(f"[yellow]changed since then:[/] {escape(change)}")
         return checkpoint.position
 

@@ -344,7 +344,7 @@ def _finish(run: RunConfig, coordinator: Coordinator, begun: Position, position:
         loss = coordinator.last_results["heldout"]["loss"]
         coordinator.tell(
             f"held-out loss {loss:.3f} nats/token; a model that knows only token frequencies has {entropy:.3f} "
-            f"(the corpus's unigram entropy)"
+            "at best (the unigram entropy of the held-out text)"
         )
     coordinator.tell(
         f"run folder: {run.folder} "
@@ -356,9 +356,8 @@ def _finish(run: RunConfig, coordinator: Coordinator, begun: Position, position:
 
 
 def unigram_entropy(run: RunConfig) -> float | None:
-    """Nats per token of a model that knows only how often each token occurs: what a real one must beat."""
-    path = shard_paths(run)[0]
-    manifest = Shards(path).manifest if path else None
+    """Nats per held-out token of a model that knows only how often each occurs there: what a real one must beat."""
+    manifest = Shards(run.data.heldout).manifest if run.data.heldout else None
     return None if manifest is None else manifest.unigram_entropy
 
 

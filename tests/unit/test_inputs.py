@@ -15,7 +15,7 @@ import pytest
 from text_helpers import WRITERS, texts_of
 
 from llama_dist.data.documents import Document, Reading, Skipped, read_documents, read_part, with_line
-from llama_dist.data.inputs import Input, Part, cut, list_inputs
+from llama_dist.data.inputs import Input, Part, cut, list_inputs, passed_over
 from llama_dist.errors import UserError
 
 
@@ -230,3 +230,11 @@ def test_a_file_that_grew_since_it_was_listed_is_read_to_its_end(tmp_path: Path)
 def test_strict_reading_takes_any_input(tmp_path: Path) -> None:
     make_tree(tmp_path / "f")
     assert len(list(read_documents([tmp_path / "f/sub", str(tmp_path / "f/*.csv")]))) == 3
+
+
+def test_files_of_a_folder_that_nobody_reads_are_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "readme.md", "b.jsonl.gz", "deeper/picture.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert passed_over([tmp_path]) == [str(tmp_path / "deeper/picture.png"), str(tmp_path / "readme.md")]
+    assert passed_over([tmp_path / "a.txt", "https://nowhere/x", f"{tmp_path}/*.txt"]) == []

@@ -102,7 +102,7 @@ def test_the_work_is_no_input_of_itself(source: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5", "%", "101%", "a", "0.1 %x"])
 def test_a_limit_that_makes_no_sense_is_refused(source: Path, text: str) -> None:
-    with pytest.raises(UserError, match="max_skipped=.*: must be a number of documents, or of 100, such as 0 or 0.1%"):
+    with pytest.raises(UserError, match="max_skipped=.*: must be a number of documents such as 0, or a share of them"):
         make(source, max_skipped=text)
 
 
