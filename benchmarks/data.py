@@ -11,22 +11,22 @@ DocumentTokenizer with the same model as a tokenizer.json; and sentencepiece alo
 is kept. A worker is a process with one thread, but beside its workers Megatron has a process that writes.
 
 Loaders: sequences of --length from --tokens tokens of shards, shuffled, as int64 tensors. Ours are the micro-batches of
-a step, as training asks for them, here or from a thread that reads ahead; others' are samples, one by one, from what
-each has made of the same tokens before (not timed). litdata and mosaicml-streaming shuffle in blocks, the others all of
-it. Each is tried for --seconds or until its data ends. `start-up` is to the first batch, imports left out; `memory`
-beyond the imports, with the pages of mapped files.
+a step, as training asks for them, here or from a thread that reads ahead; others' are samples, one by one (of datasets
+eight, which is faster), from what each has made of the same tokens before (not timed). litdata and mosaicml-streaming
+shuffle in blocks, the others all of it. Each is tried for --seconds or until its data ends. `start-up` is to the first
+batch, imports left out; `memory` beyond the imports, with the pages of mapped files.
 
 Each contender runs --repeat times in a process of its own, taking turns; the best counts, and the most memory. On a
 machine with other work on it times of the processor say more than times of the clock.
 
-datasets and datatrove are looked for here first (`pip install -e .[test] orjson`); all of them in the environments of
---peers, made so (torch first, or pip takes the gigabytes of CUDA; torchvision is of no use here and may not fit it):
+datasets and datatrove are looked for here first (`pip install -e .[test] orjson`), what is not here in the environments
+of --peers. mosaicml-streaming wants other versions than datatrove does; the torch of PyPI is gigabytes of CUDA where
+there is no wheel for the CPU, and the torchvision that comes along is of no use here and may not fit it:
 
     python -m venv PEERS
-    PEERS/bin/pip install uv
-    PEERS/bin/uv pip install --python PEERS/bin/python torch==2.13.0 numpy sentencepiece==0.2.3 litdata==0.2.76 \\
-        mosaicml-streaming==0.13.0 megatron-core==0.16.1
-    PEERS/bin/uv pip uninstall --python PEERS/bin/python torchvision
+    PEERS/bin/pip install torch==2.13.0 numpy sentencepiece==0.2.3 litdata==0.2.76 mosaicml-streaming==0.13.0 \\
+        megatron-core==0.16.1
+    PEERS/bin/pip uninstall torchvision
 
 A peer that is nowhere gets a row that says so.
 """
