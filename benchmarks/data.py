@@ -13,7 +13,7 @@ is kept. A worker is a process with one thread, but beside its workers Megatron 
 Loaders: sequences of --length from --tokens tokens of shards, shuffled, as int64 tensors. Ours are the micro-batches of
 a step, as training asks for them, here or from a thread that reads ahead; others' are samples, one by one (of datasets
 eight, which is faster), from what each has made of the same tokens before (not timed). litdata and mosaicml-streaming
-shuffle in blocks, the others all of it. Each is tried for --seconds or until its data ends. `start-up` is to the first
+shuffle in blocks, the others all of it. Each is tried for --seconds, epoch after epoch. `start-up` is to the first
 batch, imports left out; `memory` beyond the imports, with the pages of mapped files.
 
 Each contender runs --repeat times in a process of its own, taking turns; the best counts, and the most memory. On a

@@ -17,7 +17,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, cycle, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def stopwatch() -> Callable[[], Answer]:
 
 
 def measure_loader(open_: Callable[[], Iterator[int]], seconds: float) -> Answer:
-    """Call `open_` and take what it yields, numbers of tokens that were loaded, for so many seconds or to its end.
+    """Call `open_` and take what it yields, numbers of tokens that were loaded, for so many seconds.
 
     `startup` is until the first yield, in seconds; `rate` in tokens a second from there on, and `cpu_rate` in tokens a
     second of the processor; `memory` the most that was resident, pages of mapped files included, above what it was
@@ -211,10 +211,16 @@ def as_tensor(row: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(row.astype(np.int64))
 
 
+def orders(count: int) -> Iterator[int]:
+    """All of range(count) in one random order after another."""
+    rng = np.random.default_rng(0)
+    return chain.from_iterable(rng.permutation(count).tolist() for _ in repeat(None))
+
+
 def bare(*, pair: str, length: int, seconds: float, work: str) -> Answer:
     def load() -> Iterator[int]:
         tokens = np.memmap(f"{pair}.bin", dtype=np.uint16, mode="r")
-        for i in np.random.default_rng(0).permutation((len(tokens) - 1) // length).tolist():
+        for i in orders((len(tokens) - 1) // length):
             torch.from_numpy(tokens[i * length : i * length + length + 1].astype(np.int64))
             yield length
 
@@ -240,7 +246,7 @@ def gpt_dataset(*, pair: str, length: int, seconds: float, work: str) -> Answer:
         indexed = IndexedDataset(pair, multimodal=False, mmap=True)
         documents = np.arange(len(indexed.sequence_lengths), dtype=np.int32)
         dataset = GPTDataset(indexed, pair, documents, None, Split.train, config)
-        for i in range(len(dataset)):
+        for i in cycle(range(len(dataset))):
             dataset[i]
             yield length
 
@@ -265,10 +271,10 @@ def huggingface(*, pair: str, length: int, seconds: float, work: str) -> Answer:
 
     def load() -> Iterator[int]:
         dataset = Dataset.from_file(f"{work}/datasets/data.arrow").with_format("numpy")
-        order = np.random.default_rng(0).permutation(len(dataset)).tolist()
-        for start in range(0, len(order), TOGETHER):
-            rows = as_tensor(dataset[order[start : start + TOGETHER]]["tokens"])
-            yield len(rows) * length
+        order = orders(len(dataset))
+        while True:
+            as_tensor(dataset[list(islice(order, TOGETHER))]["tokens"])
+            yield TOGETHER * length
 
     return measure_loader(load, seconds)
 
@@ -291,7 +297,8 @@ def load_litdata(*, pair: str, length: int, seconds: float, work: str) -> Answer
 
     def load() -> Iterator[int]:
         loader = litdata.TokensLoader(block_size=length + 1)
-        for row in litdata.StreamingDataset(f"{work}/litdata", item_loader=loader, shuffle=True):
+        dataset = litdata.StreamingDataset(f"{work}/litdata", item_loader=loader, shuffle=True)
+        for row in chain.from_iterable(repeat(dataset)):
             as_tensor(np.asarray(row))
             yield length
 
@@ -318,7 +325,8 @@ def load_streaming(*, pair: str, length: int, seconds: float, work: str) -> Answ
     streaming = import_streaming()
 
     def load() -> Iterator[int]:
-        for row in streaming.StreamingDataset(local=f"{work}/streaming", shuffle=True, batch_size=8):
+        dataset = streaming.StreamingDataset(local=f"{work}/streaming", shuffle=True, batch_size=TOGETHER)
+        for row in chain.from_iterable(repeat(dataset)):
             as_tensor(row["tokens"])
             yield length
 

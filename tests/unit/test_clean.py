@@ -261,7 +261,7 @@ def test_what_cannot_be_read_stops_it_over_a_threshold(tmp_path: Path) -> None:
         ({}, "nothing to do; give --filters, --dedup or --against"),
         ({"dedup": ("fuzzy",)}, "'fuzzy' is not one; there are exact and near"),
         ({"dedup": ("near",), "similarity": 0.2}, "similarity=0.2: must be from 0.5 to 1"),
-        ({"dedup": ("exact",), "max_skipped": "101%"}, "max_skipped='101%': must be a number of documents, or"),
+        ({"dedup": ("exact",), "max_skipped": "101%"}, "max_skipped='101%': must be a number of documents such as 0, or a share"),
         ({"dedup": ("exact",), "overlap": 0}, "overlap=0: must be at least 1"),
         ({"dedup": ("exact",), "suffix": ".parquet"}, "'.parquet' is not one; there are .jsonl.zst and .jsonl"),
     ],
