@@ -173,6 +173,16 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: Count = 2
     """How many of the newest checkpoints stay."""
+    keep_every: CountOrZero = 0
+    """Checkpoints at a multiple of so many steps stay for good; 0: none do."""
+    best: Text | None = None
+    """Metric by which the best evaluated checkpoint stays, such as heldout/loss; null: none does for that."""
+    asynchronous: Flag = True
+    """Whether training goes on while a checkpoint is written, at the cost of a copy of the state in host memory."""
+    verify: Literal["full", "fast"] = "full"
+    """What a resume checks first: every checksum, or only that all files are there in their sizes."""
+    folder: Text | None = None
+    """Where checkpoints are kept, a folder or a URL such as s3://bucket/run; null: checkpoints in the run's folder."""
 
 
 class EvalConfig(Section):

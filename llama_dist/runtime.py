@@ -63,7 +63,7 @@ class Groups:
     one (dp, cp), which hold one copy of the model. `pp`: the stages of this rank's pipeline, in order. `kv`: the
     tensor-parallel ranks that hold the same key/value head. `tied`: first and last stage of this pipeline, None on
     any other stage. `control`: all ranks, always gloo, for decisions on host integers that must not wait for a
-    device. `channels`: to the neighbouring stages, None where the pipeline is one rank.
+    device. `saves`: the same ranks, for a thread that saves in the background. `channels`: to the neighbouring stages, None where the pipeline is one rank.
     """
 
     dp: dist.ProcessGroup
@@ -74,6 +74,7 @@ class Groups:
     kv: dist.ProcessGroup
     tied: dist.ProcessGroup | None
     control: dist.ProcessGroup
+    saves: dist.ProcessGroup
     channels: Channels | None
 
 
@@ -272,6 +273,7 @@ def _make_groups(layout: Layout, *, rank: int, kv_heads: int, timeout: timedelta
         kv=own(layout.kv_groups(kv_heads)),
         tied=_own_group(layout.tied_groups(), rank, timeout),
         control=dist.new_group(backend="gloo", timeout=timeout),
+        saves=dist.new_group(backend="gloo", timeout=timeout),
         channels=_make_channels(layout.pipeline_edges(), rank, timeout),
     )
 

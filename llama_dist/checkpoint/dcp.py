@@ -1,18 +1,19 @@
-"""Pieces <-> torch.distributed.checkpoint: planners that take boxes, storage that is raw bytes and JSON.
+"""Pieces <-> torch.distributed.checkpoint: planners that take boxes, storage that is raw bytes.
 
-DCP's own file storage pickles its metadata; ours can be read by anything and can run nothing.
+Every rank plans for itself (`no_dist`): where each piece lies is a function of the layout (`plan.py`), so that neither
+plans nor metadata are collected. DCP's own file storage pickles its metadata; ours can run nothing.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import (
     LoadPlan,
     LoadPlanner,
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint import (
     StorageReader,
     StorageWriter,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -35,18 +37,56 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from llama_dist.boxes import Box
-from llama_dist.files import HashingFile
-from llama_dist.checkpoint.pieces import Piece, check_coverage
+from llama_dist.checkpoint.pieces import Piece
+from llama_dist.checkpoint.plan import SavedLayout, file_name
 
-TENSORS_FILE = "tensors.json"
+BLOCK = 16 << 20  # elements that are under way between file and device at a time
+
+
+class NotFiniteError(ValueError):
+    """A state that is to be saved has diverged."""
+
+
+class Sink(Protocol):
+    """Takes the bytes of a file, in order."""
+
+    def write(self, data: Any) -> None: ...
+
+
+# Reads box `part` of a float32 array of `shape` that lies in `file` from byte `start`, into a tensor of its shape.
+ReadBox = Callable[[str, int, tuple[int, ...], Box, Tensor], None]
+
+
+def write_pieces(pieces: Sequence[Piece], sink: Sink) -> None:
+    """Write pieces one after the other, row-major. Raises OSError, and NotFiniteError for a state that has diverged."""
+    with _unwrapped():
+        dcp.save({}, storage_writer=RawWriter(sink), planner=PieceSavePlanner(pieces), no_dist=True)
+
+
+def read_pieces(pieces: Sequence[Piece], saved: SavedLayout, read: ReadBox) -> int:
+    """Fill the pieces' data from the files of a layout; returns the bytes that were read.
+
+    Raises ValueError where it is of another model.
+    """
+    reader = RawReader(saved, pieces, read)
+    with _unwrapped():
+        dcp.load({}, storage_reader=reader, planner=PieceLoadPlanner(pieces), no_dist=True)
+    return reader.bytes_read
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """DCP as a library for one process: its warning that it is one left out, and errors as they were raised."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offset), sizes=torch.Size(box.shape))
-
-
-def _box(chunk: ChunkStorageMetadata) -> Box:
-    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
 def _done(value: Any) -> Future:
@@ -55,12 +95,8 @@ def _done(value: Any) -> Future:
     return future
 
 
-class NotFiniteError(ValueError):
-    """A state that is to be saved has diverged."""
-
-
 class PieceSavePlanner(SavePlanner):
-    """Plans to write this rank's pieces; the coordinator refuses pieces that do not cover each tensor once."""
+    """Plans to write this rank's pieces in the order that they are given in."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = {(piece.name, piece.box.offset): piece for piece in pieces}
@@ -73,15 +109,7 @@ class PieceSavePlanner(SavePlanner):
         return SavePlan([_write_item(piece) for piece in self._pieces.values()])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        tensors: dict[str, TensorStorageMetadata] = {}
-        for item in (item for plan in all_plans for item in plan.items):
-            data = item.tensor_data
-            known = tensors.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
-            assert known.size == data.size, f"{item.index.fqn}: ranks disagree on its shape: {known.size}, {data.size}"
-            known.chunks.append(data.chunk)
-        for name, tensor in tensors.items():
-            check_coverage(name, tuple(tensor.size), [_box(chunk) for chunk in tensor.chunks])
-        return all_plans, Metadata(state_dict_metadata=dict(tensors))
+        return all_plans, Metadata(state_dict_metadata={})  # readers compute it
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
@@ -122,7 +150,10 @@ class PieceLoadPlanner(LoadPlanner):
                 raise ValueError(
                     f"{piece.name}: the checkpoint has shape {tuple(stored.size)}, the model {piece.shape}"
                 )
-            items += create_read_items_for_chunk_list(piece.name, stored, [_chunk(piece.box)])
+            found = create_read_items_for_chunk_list(piece.name, stored, [_chunk(piece.box)])
+            covered = sum(item.lengths.numel() for item in found)
+            assert covered == piece.box.numel, f"{piece.name}: {covered} of {piece.box.numel} elements of {piece.box}"
+            items += found
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -143,22 +174,16 @@ class PieceLoadPlanner(LoadPlanner):
 
 
 class RawWriter(StorageWriter):
-    """Writes each rank's pieces one after the other into `rank-NNNNN.bin`, and on the coordinator what lies where.
+    """Writes a rank's pieces one after the other into `sink`, from a GPU a block at a time."""
 
-    `commit(files)` is called by the coordinator when every rank's file is on disk, with each file's size and checksum.
-    """
-
-    def __init__(self, folder: Path, *, rank: int, commit: Any) -> None:
-        self.folder = folder
-        self.rank = rank
-        self._commit = commit
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        if is_coordinator:
-            self.folder.mkdir(parents=True)
+        pass
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -167,77 +192,68 @@ class RawWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"rank-{self.rank:05d}.bin"
-        places: list[tuple[WriteItem, int, int]] = []
-        with HashingFile(self.folder / name) as file:
-            for item in plan.items:
-                data = planner.resolve_data(item).detach().cpu().contiguous()
-                # A state that diverged in the very step that is saved would otherwise become the newest good one.
-                if not bool(torch.isfinite(data).all()):
+        results = []
+        for item in plan.items:
+            flat = planner.resolve_data(item).detach().contiguous().view(-1)
+            for block in flat.split(BLOCK):
+                # A sum is as fast as memory, and of finite numbers only an overflow is not finite. A state that diverged
+                # in the very step that is saved would otherwise become the newest good one.
+                if not bool(torch.isfinite(block.sum())) and not bool(torch.isfinite(block).all()):
                     raise NotFiniteError(f"{item.index.fqn} holds values that are not finite numbers")
-                start = file.size
-                file.write(data.flatten().view(torch.uint8).numpy())
-                places.append((item, start, file.size - start))
-        record = {"bytes": file.size, "xxh3_128": file.checksum}
-        return _done(
-            [
-                WriteResult(index=item.index, size_in_bytes=size, storage_data=(name, start, record))
-                for item, start, size in places
-            ]
-        )
+                self._sink.write(block.cpu().numpy())
+            results.append(WriteResult(index=item.index, size_in_bytes=flat.nbytes, storage_data=None))
+        return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        places = {(r.index.fqn, tuple(r.index.offset)): r.storage_data for rank in results for r in rank}
-        files = {name: record for name, _, record in places.values()}
-        text = json.dumps({"tensors": {n: _describe(n, t, places) for n, t in metadata.state_dict_metadata.items()}})
-        with HashingFile(self.folder / TENSORS_FILE) as file:
-            file.write(text.encode())
-        files[TENSORS_FILE] = {"bytes": file.size, "xxh3_128": file.checksum}
-        self._commit(files)
+        pass
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
 
 
-def _describe(name: str, tensor: TensorStorageMetadata, places: dict[Any, Any]) -> dict[str, Any]:
-    chunks = []
-    for chunk in tensor.chunks:
-        file, start, _ = places[name, tuple(chunk.offsets)]
-        chunks.append({"offset": list(chunk.offsets), "shape": list(chunk.sizes), "file": file, "start": start})
-    dtype = str(tensor.properties.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": list(tensor.size), "chunks": chunks}
-
-
 class RawReader(StorageReader):
-    """Reads exactly the bytes of the boxes that are asked for."""
+    """Reads exactly the boxes that are asked for, from where the layout that saved them says that they lie."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, saved: SavedLayout, pieces: Sequence[Piece], read: ReadBox) -> None:
+        self._saved = saved
+        self._pieces = pieces
+        self._read = read
         self.bytes_read = 0
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
 
     def read_metadata(self) -> Metadata:
-        stored = json.loads((self.folder / TENSORS_FILE).read_text())["tensors"]
-        tensors: dict[str, Any] = {}
-        places: dict[tuple[str, tuple[int, ...]], tuple[str, int, str]] = {}
-        for name, tensor in stored.items():
-            chunks = [Box(tuple(c["offset"]), tuple(c["shape"])) for c in tensor["chunks"]]
-            dtype = getattr(torch, tensor["dtype"])
-            tensors[name] = TensorStorageMetadata(
-                TensorProperties(dtype=dtype), torch.Size(tensor["shape"]), [_chunk(box) for box in chunks]
-            )
-            for c in tensor["chunks"]:
-                places[name, tuple(c["offset"])] = (c["file"], c["start"], tensor["dtype"])
-        return Metadata(state_dict_metadata=tensors, storage_data=places)
+        """What the pieces need, and no more: of thousands of ranks' files a few."""
+        tensors: dict[str, TensorStorageMetadata] = {}
+        places: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}
+        shapes = dict(self._saved.tensors())
+        for piece in self._pieces:
+            if piece.name not in shapes:
+                continue  # the planner says so
+            size, properties = torch.Size(shapes[piece.name]), TensorProperties(dtype=torch.float32)
+            known = tensors.setdefault(piece.name, TensorStorageMetadata(properties, size, []))
+            if shapes[piece.name] != piece.shape:
+                continue
+            for stored in self._saved.stored(piece.name, piece.box):
+                if (piece.name, stored.box.offset) not in places:
+                    places[piece.name, stored.box.offset] = file_name(stored.rank), stored.start
+                    known.chunks.append(_chunk(stored.box))
+        return Metadata(state_dict_metadata=dict(tensors), storage_data=places)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self._metadata = metadata
+        self._places = metadata.storage_data
+        self._shapes = {
+            (name, tuple(chunk.offsets)): tuple(chunk.sizes)
+            for name, tensor in metadata.state_dict_metadata.items()
+            for chunk in tensor.chunks
+        }
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
+        # File by file and on through each, as disks like it.
+        place = {id(item): self._places[item.storage_index.fqn, tuple(item.storage_index.offset)] for item in plan.items}
+        return LoadPlan(sorted(plan.items, key=lambda item: (*place[id(item)], tuple(item.storage_offsets))))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
@@ -245,18 +261,25 @@ class RawReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
             target = planner.resolve_tensor(item)
-            target.copy_(self._read(item))
+            self._fill(item, target)
             planner.commit_tensor(item, target)
         return _done(None)
 
-    def _read(self, item: ReadItem) -> Tensor:
-        name, offset = item.storage_index.fqn, tuple(item.storage_index.offset)
-        file, start, dtype = self._metadata.storage_data[name, offset]
-        chunk = next(c for c in self._metadata.state_dict_metadata[name].chunks if tuple(c.offsets) == offset)
-        stored = np.memmap(self.folder / file, dtype=dtype, mode="r", offset=start, shape=tuple(chunk.sizes))
-        part = np.array(stored[Box(tuple(item.storage_offsets), tuple(item.lengths)).slices])
-        self.bytes_read += part.nbytes
-        return torch.from_numpy(part)
+    def _fill(self, item: ReadItem, target: Tensor) -> None:
+        key = item.storage_index.fqn, tuple(item.storage_index.offset)
+        file, start = self._places[key]
+        offset, lengths = tuple(item.storage_offsets), tuple(item.lengths)
+        rows = max(1, BLOCK // max(1, target[0].numel()))
+        for row in range(0, lengths[0], rows):
+            count = min(rows, lengths[0] - row)
+            part = Box((offset[0] + row, *offset[1:]), (count, *lengths[1:]))
+            block = target[row : row + count]
+            direct = block.device.type == "cpu" and block.is_contiguous()
+            into = block if direct else torch.empty(part.shape, dtype=torch.float32)
+            self._read(file, start, self._shapes[key], part, into)
+            self.bytes_read += into.nbytes
+            if not direct:
+                block.copy_(into)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from llama_dist.boxes import Box, boxes_of_flat_range
+from llama_dist.boxes import Box
+from llama_dist.checkpoint.plan import STATES, Held, SavedLayout, state_name
 from llama_dist.model.cuts import Slice
-from llama_dist.pipeline.partitions import MOMENTS, Share
+
+if TYPE_CHECKING:
+    from llama_dist.pipeline.partitions import Share  # which imports DeepSpeed: seconds that a reader does not need
 
 
 @dataclass(frozen=True)
@@ -28,33 +32,39 @@ class Piece:
     owner: bool = True
 
 
-def moment_name(moment: str, name: str) -> str:
-    """The logical name of an optimizer state of the parameter `name`."""
-    return f"optimizer.{moment}.{name}"
-
-
 def pieces_of_shares(shares: Iterable[Share], slices: Mapping[str, Slice]) -> list[Piece]:
-    """Cut a rank's shares into pieces that view them: float32 weights and both moments.
+    """Cut a rank's shares into pieces that view them: of each state in turn, all parameters in the order given.
 
     `slices` says which part of each logical tensor the rank's tensor-parallel slice is, in which its shares lie.
     """
-    pieces = []
-    for share in shares:
-        slice_ = slices[share.name]
-        assert slice_.box.shape == share.shape, f"{share.name}: slice {slice_.box} is not the share's {share.shape}"
-        states = {share.name: share.master, **{moment_name(m, share.name): getattr(share, m) for m in MOMENTS}}
-        for name, flat in states.items():
-            pieces += _cut(name, slice_, flat, share.start, share.stop)
+    pieces, shares = [], list(shares)
+    for state in STATES:
+        for share in shares:
+            slice_ = slices[share.name]
+            assert slice_.box.shape == share.shape, f"{share.name}: slice {slice_.box} is not the share's {share.shape}"
+            flat, at = getattr(share, state or "master"), 0
+            for box in Held(share.name, slice_, share.start, share.stop).boxes:
+                data = flat.narrow(0, at, box.numel).view(box.shape)
+                pieces.append(Piece(state_name(state, share.name), slice_.shape, box, data, slice_.owner))
+                at += box.numel
     return pieces
 
 
-def _cut(name: str, slice_: Slice, flat: Tensor, start: int, stop: int) -> list[Piece]:
-    pieces, at = [], 0
-    for box in boxes_of_flat_range(slice_.box.shape, start, stop):
-        data = flat.narrow(0, at, box.numel).view(box.shape)
-        pieces.append(Piece(name, slice_.shape, box.shifted(slice_.box.offset), data, slice_.owner))
-        at += box.numel
-    return pieces
+def check_shares(shares: Iterable[Share], slices: Mapping[str, Slice], saved: SavedLayout, rank: int) -> None:
+    """Raise RuntimeError where a rank does not hold just what `saved` says, which is what checkpoints are read by."""
+    held = [(share.name, share.start, share.stop, slices[share.name].owner) for share in shares]
+    planned = [(one.name, one.start, one.stop, one.slice_.owner) for one in saved.held(rank)]
+    for found, expected in zip(held, planned, strict=False):
+        if found != expected:
+            break
+    else:
+        if len(held) == len(planned):
+            return
+        found, expected = f"{len(held)} parameters", f"{len(planned)} parameters"
+    raise RuntimeError(
+        f"rank {rank}: DeepSpeed gave it {found} (name, start, stop, owner), and llama_dist/checkpoint/plan.py says "
+        f"{expected}; use deepspeed 0.19.8, or teach SavedLayout how this one partitions under ZeRO-{saved.zero}"
+    )
 
 
 def check_coverage(name: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:

@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
     check_tokenizer(checkpoint, evaluation.tokenizer)
     results = evaluation(PlainScorer(load_model(checkpoint).to(best_device()), device=best_device()), replica=Replica())
     if not results:
-        raise UserError(f"{checkpoint.path}: its run's config names nothing to evaluate; give --heldout or --choices")
+        raise UserError(f"{checkpoint}: its run's config names nothing to evaluate; give --heldout or --choices")
     if args.json:
-        print(json.dumps({"checkpoint": str(checkpoint.path), "step": checkpoint.position.step, "results": results}))
+        print(json.dumps({"checkpoint": str(checkpoint), "step": checkpoint.position.step, "results": results}))
         return 0
-    print(f"{checkpoint.path} (step {checkpoint.position.step})")
+    print(f"{checkpoint} (step {checkpoint.position.step})")
     for task, result in results.items():
         print(describe(task, result))
     return 0

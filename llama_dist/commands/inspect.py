@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama_dist.checkpoint.dcp import TENSORS_FILE
-from llama_dist.checkpoint.store import MANIFEST, Checkpoint, list_committed
-from llama_dist.checkpoint.whole import read_whole
+from llama_dist.checkpoint.places import MANIFEST
+from llama_dist.checkpoint.store import Checkpoint, open_place
+from llama_dist.checkpoint.whole import is_checkpoint, read_whole
 from llama_dist.data.describe import describe_shards, format_bytes
 from llama_dist.data.remote import is_url
 from llama_dist.errors import UserError
@@ -38,14 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path = Path(args.path)
+    if is_checkpoint(args.path) or path.parent.name == "checkpoints":
+        print(describe_checkpoint(args.path))
+        return 0
     if is_url(args.path) or Path(f"{path}.idx").is_file():
         print(describe_shards(args.path, args.tokenizer))
         return 0
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder; name a run folder, a checkpoint or a shard directory")
-    if (path / TENSORS_FILE).is_file() or path.parent.name == "checkpoints":
-        print(describe_checkpoint(path))
-    elif (path / LEDGER).is_file():
+    if (path / LEDGER).is_file():
         print(describe_run(path))
     elif (path / MANIFEST).is_file():
         print(describe_shards(path, args.tokenizer))
@@ -54,22 +55,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe_checkpoint(path: Path) -> str:
+def describe_checkpoint(path: str | Path) -> str:
     """Layout, position, tensors, sizes and versions of a checkpoint; UserError where it does not verify."""
     checkpoint = read_whole(path)
     manifest = checkpoint.manifest
-    tensors = json.loads((path / TENSORS_FILE).read_text())["tensors"]
-    layout = ", ".join(f"{axis} {size}" for axis, size in manifest["layout"].items())
+    saved = checkpoint.saved
+    layout = f"{str(saved.layout).replace('=', ' ')} zero {saved.zero}"
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+    tensors = dict(saved.tensors())
     lines = [
         f"checkpoint {path}: whole, every checksum right",
         f"  step {checkpoint.position.step}, {checkpoint.position.samples} samples, {_tokens(checkpoint)} tokens",
         f"  saved under {layout} by {versions}",
-        f"  {len(tensors)} logical tensors ({len(weights)} weights, float32) in {len(manifest['files'])} files, "
+        f"  {len(tensors)} logical tensors ({len(saved.shapes)} weights, float32) in {len(manifest['files'])} files, "
         f"{format_bytes(sum(file['bytes'] for file in manifest['files'].values()))}",
     ]
-    return "\n".join(lines + [f"    {name:<52} {tuple(tensor['shape'])}" for name, tensor in weights.items()])
+    return "\n".join(lines + [f"    {name:<52} {shape}" for name, shape in saved.shapes.items()])
 
 
 def _tokens(checkpoint: Checkpoint) -> str:
@@ -85,17 +86,22 @@ def describe_run(path: Path) -> str:
     if steps:
         last = steps[-1]
         lines.append(f"  step {last['step']}: loss {last['loss']:.4f}, {quantity(last['tokens_per_second'])} tok/s")
-    lines += [f"  checkpoint {_state_of(folder)}" for folder in list_committed(path / "checkpoints")]
+    lines += [f"  checkpoint {_state_of(folder)}" for folder in _checkpoints(path)]
     lines += [f"  {_evaluation(event)}" for event in events if event["event"] == "eval"]
     return "\n".join(lines)
 
 
-def _state_of(folder: Path) -> str:
+def _checkpoints(run: Path) -> list[str]:
+    place = open_place(run / "checkpoints")
+    return [f"{place.where}/{name}" for name in place.names()]
+
+
+def _state_of(where: str) -> str:
     try:
-        read_whole(folder)
+        read_whole(where)
     except UserError as error:
         return str(error)
-    return f"{folder.name}: whole"
+    return f"{where.rpartition("/")[2]}: whole"
 
 
 def _evaluation(event: dict[str, Any]) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llama_dist.checkpoint.dcp import TENSORS_FILE
-from llama_dist.checkpoint.whole import read_whole
+from llama_dist.checkpoint.whole import is_checkpoint, read_whole
 from llama_dist.data.describe import format_bytes
 from llama_dist.data.packing import find_packing_damage
 from llama_dist.data.verify import verify_shards
@@ -38,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path = Path(args.path)
-    if (path / TENSORS_FILE).is_file() or path.parent.name == "checkpoints":
-        manifest = read_whole(path).manifest
+    if is_checkpoint(args.path) or path.parent.name == "checkpoints":
+        manifest = read_whole(args.path).manifest
         size = sum(file["bytes"] for file in manifest["files"].values())
         print(f"{path}: whole: {len(manifest['files'])} files, {format_bytes(size)}, every checksum right")
         return 0

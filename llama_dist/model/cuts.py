@@ -34,6 +34,10 @@ def cut_of(name: str) -> Cut:
     raise KeyError(f"{name}: no row of CUTS says how tensor parallelism cuts this weight; add one in model/cuts.py")
 
 
+# What AdamW keeps of each weight, in its shape.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 @dataclass(frozen=True)
 class Slice:
     """What a tensor-parallel rank holds of a logical tensor.

@@ -14,9 +14,8 @@ import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
+from llama_dist.model.cuts import MOMENTS
 from llama_dist.pipeline.gathering import release_gathered_
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

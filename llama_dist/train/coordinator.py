@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,24 @@ from rich.text import Text
 from torch import Tensor
 
 from llama_dist import __version__
-from llama_dist.checkpoint.dcp import NotFiniteError
-from llama_dist.checkpoint.pieces import Piece, pieces_of_shares
-from llama_dist.checkpoint.store import (
-    Checkpoint,
-    Position,
-    SaveError,
-    clean_leftovers,
-    list_committed,
-    load_pieces,
-    prune,
-    save_checkpoint,
-)
+from llama_dist.checkpoint.pieces import Piece, check_shares, pieces_of_shares
+from llama_dist.checkpoint.plan import SavedLayout, split_name
+from llama_dist.checkpoint.store import Checkpoint, Position, load_pieces
 from llama_dist.config import RunConfig
 from llama_dist.data.history import History
-from llama_dist.errors import RunError
+from llama_dist.errors import RunError, UserError
 from llama_dist.eval.scoring import Replica
 from llama_dist.files import write_file
 from llama_dist.model.init import draw_box
+from llama_dist.model.stages import stage_layers
 from llama_dist.pipeline.engine import StageEngine
 from llama_dist.pipeline.runner import PipelineRunner
-from llama_dist.runtime import Runtime, all_reduce_sum
+from llama_dist.runtime import Runtime, all_reduce_sum, gather_texts
 from llama_dist.train.evaluation import Evaluation, Results, describe
 from llama_dist.train.ledger import Ledger
 from llama_dist.train.metrics import StepLog
 from llama_dist.train.resume import changed_settings
+from llama_dist.train.saves import EVALS, Saves, build_saves, place_of
 from llama_dist.train.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -72,8 +66,7 @@ class Coordinator:
     ledger: Ledger | None = None
     steps_log: StepLog | None = None
     last_results: Results = field(default_factory=dict)
-    saved_at: int = -1
-    damaged: list[Path] = field(default_factory=list)  # committed folders that were passed over at the start
+    saves: Saves | None = None  # there once the run stands at a position
 
     @property
     def folder(self) -> Path:
@@ -83,31 +76,63 @@ class Coordinator:
         """This rank's part of the state as boxes of logical tensors, as views."""
         return pieces_of_shares(self.engine.shares(), self.engine.stage.slices)
 
+    @cached_property
+    def saved_layout(self) -> SavedLayout:
+        """How this run's checkpoints are spread over its ranks' files."""
+        parallel, pp = self.run.parallel, self.runtime.layout.pp
+        layers = stage_layers(
+            self.run.model,
+            stages=pp * parallel.virtual_stages,
+            seq_len=self.run.data.seq_len,
+            given=parallel.stage_layers,
+        )
+        return SavedLayout(self.run.model, self.runtime.layout, parallel.zero, tuple(layers))
+
     def restore(self, checkpoint: Checkpoint | None) -> Position:
         """Continue from a checkpoint that verified, or draw the initial weights. Collective."""
+        check_shares(self.engine.shares(), self.engine.stage.slices, self.saved_layout, self.runtime.rank)
+        place, damaged = place_of(self.run), []
         if self.ledger:
-            for problem in clean_leftovers(self.folder / "checkpoints"):
+            for problem in place.sweep():
                 self.tell(f"[red]{escape(problem)}[/]", "leftover", reason=problem)
-            newer = list_committed(self.folder / "checkpoints")
+            newer = place.names()
             # Whatever is newer than the newest that verifies does not verify.
-            self.damaged = newer[: newer.index(checkpoint.path)] if checkpoint else newer
+            damaged = newer[: newer.index(checkpoint.name)] if checkpoint and checkpoint.name in newer else newer
+        self.saves = build_saves(
+            self.run,
+            place,
+            attempt=self.attempt,
+            group=self.runtime.groups.saves,
+            is_coordinator=self.ledger is not None,
+            tell=self.tell,
+            may_commit=self._successor,
+            damaged=damaged,
+        )
         if checkpoint is None:
             self._draw_weights()
             self.engine.refresh()
             return Position()
-        read = load_pieces(checkpoint, self.pieces(), group=self.runtime.groups.control)
+        self._load(checkpoint)
+        return checkpoint.position
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        read, problem = 0, []
+        try:
+            read = load_pieces(checkpoint, [p for p in self.pieces() if split_name(p.name)[0] in checkpoint.saved.states])
+        except UserError as error:
+            problem = [str(error)]
+        problems = gather_texts(problem, group=self.runtime.groups.control)
+        if problems:
+            raise UserError("; ".join(problems))
         self.engine.set_step(checkpoint.position.step)
         self.engine.refresh()
-        self.saved_at = checkpoint.position.step
+        self.saves.saved_at = checkpoint.position.step
         step, changed = checkpoint.position.step, changed_settings(checkpoint, self.run)
-        self.tell(
-            f"resumed from {escape(str(checkpoint.path))}", "resume", step=step, bytes_read=read, changed=changed
-        )
+        self.tell(f"resumed from {escape(str(checkpoint))}", "resume", step=step, bytes_read=read, changed=changed)
         for change in changed:
             if change.startswith("data.train:"):
                 continue  # what that means for the data is told by itself
             self.tell(f"[yellow]changed since then:[/] {escape(change)}")
-        return checkpoint.position
 
     def _draw_weights(self) -> None:
         for piece in self.pieces():
@@ -124,13 +149,16 @@ class Coordinator:
         loss or the gradient norm is no number (the state is worth nothing and is not saved), or when another start
         has taken the run over.
         """
-        successor = self.ledger.successor() if self.ledger else None
-        known = [self.request.signal is not None, not math.isfinite(grad_norm), successor is not None]
+        self.saves.poll()
+        successor = self._successor()
+        broken = not math.isfinite(grad_norm) or self.saves.diverged is not None
+        known = [self.request.signal is not None, broken, successor is not None]
         loss, asked, odd, fenced = all_reduce_sum(
             [float(loss_part), *map(float, known)], group=self.runtime.groups.control
         )
         if fenced:
-            raise RunError(f"{self.folder}: {successor or 'a later attempt'} has taken over; this one stops unsaved")
+            raise RunError(f"{self.folder}: {successor or 'a later attempt'}; this one stops unsaved")
+        self._check_saved_state()
         if odd or not math.isfinite(loss):
             raise RunError(self._diverged(position, f"loss {loss}, gradient norm {grad_norm}"))
         ended = position.step >= self.run.train.steps
@@ -147,7 +175,7 @@ class Coordinator:
         first = position.samples - self.run.train.global_batch
         text = (
             f"step {position.step}: {what}, on samples {first} to {position.samples - 1} of the run; the state is not saved, the newest checkpoint is that of step "
-            f"{max(self.saved_at, 0)}; lower optim.lr, or look at the data of that step"
+            f"{max(self.saves.saved_at, 0)}; lower optim.lr, or look at the data of that step"
         )
         if self.ledger:
             self.ledger.write("diverged", step=position.step, samples=[first, position.samples], reason=text)
@@ -165,46 +193,31 @@ class Coordinator:
                 step=position.step, samples=position.samples, loss=loss, grad_norm=grad_norm, lr=lr
             )
 
-    def save(self, position: Position) -> None:
-        """Save and prune. Collective. A save that fails is loud and the run goes on with the checkpoints before.
+    def save(self, position: Position, *, last: bool) -> None:
+        """Save and prune: in the background, or to the end at the `last` save. Collective.
 
-        Raises RunError when the step's update has diverged.
+        A save that fails is loud and the run goes on with the checkpoints before. Raises RunError when the state has
+        diverged.
         """
-        checkpoints = self.folder / "checkpoints"
-        try:
-            path = save_checkpoint(
-                checkpoints,
-                position,
-                [piece for piece in self.pieces() if piece.owner],
-                state=self._state(),
-                attempt=self.attempt,
-                group=self.runtime.groups.control,
-            )
-        except NotFiniteError as error:
-            raise RunError(self._diverged(position, str(error))) from error
-        except SaveError as error:
-            self.tell(f"[red]{escape(str(error))}[/]", "save_failed", step=position.step, reason=str(error))
-            return
-        self.saved_at = position.step
-        self.tell(f"[dim]saved {escape(str(path))}[/]", "save", step=position.step)
-        if self.ledger:
-            self._prune(path)
+        pieces = [piece for piece in self.pieces() if piece.owner]
+        self.saves.begin(position, pieces, self._state(), wait=last or not self.run.checkpoint.asynchronous)
+        self._check_saved_state()
         self.start_clock()
 
-    def _prune(self, saved: Path) -> None:
-        self.damaged = [path for path in self.damaged if path != saved]  # the new one took its place
-        try:
-            pruned = prune(saved.parent, keep=self.run.checkpoint.keep, damaged=self.damaged)
-        except OSError as error:
-            self.tell(f"[red]old checkpoints stay: {escape(str(error))}[/]", "prune_failed", reason=str(error))
-            return
-        if pruned:
-            self.ledger.write("prune", pruned=[path.name for path in pruned])
+    def _check_saved_state(self) -> None:
+        if self.saves.diverged:
+            position, error = self.saves.diverged
+            raise RunError(self._diverged(position, str(error))) from error
+
+    def _successor(self) -> str | None:
+        """Why this start may no longer write into the run, or None."""
+        successor = self.ledger.successor() if self.ledger else None
+        return f"{successor} has taken over" if successor else None
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint says of the run beside its tensors. All randomness is a function of the seeds here."""
         return {
-            "layout": asdict(self.runtime.layout) | {"zero": self.run.parallel.zero},
+            "layout": self.saved_layout.to_json(),
             "data": self.history.to_json(),
             "tokenizer": self.tokenizer_fingerprint,
             "config": self.run.model_dump(mode="json"),
@@ -225,8 +238,8 @@ class Coordinator:
         body = {"step": position.step, "samples": position.samples, "results": self.last_results}
         name = f"step-{position.step:08d}.json"
         try:
-            (self.folder / "evals").mkdir(exist_ok=True)
-            write_file(self.folder / "evals" / name, json.dumps(body, indent=1).encode())
+            (self.folder / EVALS).mkdir(exist_ok=True)
+            write_file(self.folder / EVALS / name, json.dumps(body, indent=1).encode())
         except OSError as error:  # the results still go to console, ledger and metrics
             self.tell(f"[red]{escape(str(error))}[/]", "results_not_kept", step=position.step, reason=str(error))
         for task, result in self.last_results.items():

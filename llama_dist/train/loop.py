@@ -28,15 +28,17 @@ def train(
     while position.step < run.train.steps:
         lr = lr_at(run.optim, position.step, steps=run.train.steps)
         loss_part = runner.train_step(loader.microbatches(position.samples))
+        coordinator.saves.before_update()
         grad_norm = engine.apply_gradients(lr)
         position = position.next(run.train.global_batch)
 
         decision = coordinator.decide(position, loss_part, grad_norm)  # the only control collective of a step
         coordinator.record(position, loss=decision.loss, grad_norm=grad_norm, lr=lr)
         if decision.save:
-            coordinator.save(position)
+            coordinator.save(position, last=decision.stop or position.step >= run.train.steps)
         if decision.evaluate:
             coordinator.evaluate(position)
         if decision.stop:
             break
+    coordinator.saves.finish()
     return position

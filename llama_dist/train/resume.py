@@ -29,7 +29,7 @@ def check_same_run(checkpoint: Checkpoint, run: RunConfig) -> None:
     changed = [change for change in changed_settings(checkpoint, run) if change.startswith(FIXED)]
     if changed:
         raise UserError(
-            f"{checkpoint.path}: was saved by a run with another config; undo the change or take another `folder`. "
+            f"{checkpoint}: was saved by a run with another config; undo the change or take another `folder`. "
             + "; ".join(changed)
         )
 
@@ -67,7 +67,7 @@ def history_of(checkpoint: Checkpoint, run: RunConfig) -> History:
             pace = Pace(0, 0, batch) if whole else Pace(position.step, position.samples, batch)
             return History(tuple(source.known for source in sources), (phase,), (pace,))
     raise UserError(
-        f"{checkpoint.path}: was saved by a run with other data; undo the change or take another `folder`. "
+        f"{checkpoint}: was saved by a run with other data; undo the change or take another `folder`. "
         "data.train: other shards or weights than then, and this checkpoint is too old to say which"
     )
 

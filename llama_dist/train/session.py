@@ -38,10 +38,12 @@ from llama_dist.pipeline.schedule import PipelineShape, schedule_words
 from llama_dist.runtime import Runtime, gather_texts, is_lost_contact, pick_device, read_environment, start_runtime, stop_runtime
 from llama_dist.train.coordinator import Coordinator
 from llama_dist.train.evaluation import Evaluation
+from llama_dist.train.holding import holding
 from llama_dist.train.ledger import Ledger, open_ledger
 from llama_dist.train.loop import train
 from llama_dist.train.metrics import StepLog, duration, peak_tflops, quantity
 from llama_dist.train.resume import check_same_run, history_of
+from llama_dist.train.saves import place_of
 from llama_dist.train.signals import StopRequest, stop_request
 
 log = logging.getLogger("llama_dist")
@@ -86,7 +88,7 @@ def run_training(run: RunConfig) -> int:
             timeout_seconds=run.train.timeout_seconds,
             kv_heads=run.model.num_key_value_heads,
         )
-        with stop_request() as request:
+        with stop_request() as request, holding(Path(run.folder), group=runtime.groups.control):
             return _resume_or_start(run, runtime, loader, evaluation, request)
     except (UserError, RunError) as error:
         log.error("%s", error)
@@ -133,7 +135,9 @@ def _resume_or_start(
 ) -> int:
     """Find the newest checkpoint that verifies, and train on from it; without any, from the start."""
     check_shards(run, runtime)
-    checkpoint, passed_over = newest_valid(Path(run.folder) / "checkpoints", group=runtime.groups.control)
+    checkpoint, passed_over = newest_valid(
+        place_of(run), group=runtime.groups.control, full=run.checkpoint.verify == "full"
+    )
     position, then = Position(), None
     if checkpoint is not None:
         check_same_run(checkpoint, run)
@@ -318,15 +322,15 @@ def _layout_words(run: RunConfig, layout: Layout) -> str:
 
 def _finish(run: RunConfig, coordinator: Coordinator, begun: Position, position: Position, seconds: float) -> int:
     """Say how the run ended and where everything lies."""
-    saved = coordinator.saved_at == position.step
+    saved = coordinator.saves.saved_at == position.step
     finished = position.step >= run.train.steps
     trained = quantity((position.samples - begun.samples) * run.data.seq_len)
     if not saved:
         coordinator.tell(
-            f"[red]the last save failed; the newest checkpoint is that of step {max(coordinator.saved_at, 0)}[/]",
+            f"[red]the last save failed; the newest checkpoint is that of step {max(coordinator.saves.saved_at, 0)}[/]",
             "ended_unsaved",
             step=position.step,
-            saved_at=coordinator.saved_at,
+            saved_at=coordinator.saves.saved_at,
         )
     elif finished:
         since = " since it was resumed" if begun.step else ""

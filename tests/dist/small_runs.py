@@ -18,19 +18,20 @@ from torch import Tensor
 from workers import pool, runtime
 
 from llama_dist.boxes import Box
-from llama_dist.checkpoint.pieces import check_coverage, moment_name
+from llama_dist.checkpoint.pieces import check_coverage
+from llama_dist.checkpoint.plan import state_name
 from llama_dist.checkpoint.store import Position, newest_valid
 from llama_dist.config import RunConfig, build_config
 from llama_dist.data.history import History
 from llama_dist.data.loader import Batch
 from llama_dist.layout import Layout
-from llama_dist.model.cuts import logical_shapes
+from llama_dist.model.cuts import MOMENTS, logical_shapes
 from llama_dist.model.llama import Documents
-from llama_dist.pipeline.partitions import MOMENTS
 from llama_dist.runtime import all_reduce_sum
 from llama_dist.train.coordinator import Coordinator
 from llama_dist.train.ledger import open_ledger
 from llama_dist.train.optim import lr_at
+from llama_dist.train.saves import place_of
 from llama_dist.train.session import _build
 from llama_dist.train.signals import StopRequest
 
@@ -284,8 +285,7 @@ def coordinator_on_rank(case: Case, *, with_ledger: bool = False) -> Coordinator
 
 def restore_on_rank(coordinator: Coordinator) -> Position:
     """Go on from the newest checkpoint of the run's folder that verifies, or draw the first weights."""
-    checkpoints = Path(coordinator.run.folder) / "checkpoints"
-    checkpoint, _ = newest_valid(checkpoints, group=coordinator.runtime.groups.control)
+    checkpoint, _ = newest_valid(place_of(coordinator.run), group=coordinator.runtime.groups.control)
     return coordinator.restore(checkpoint)
 
 
@@ -304,6 +304,7 @@ def steps_on_rank(coordinator: Coordinator, case: Case, position: Position, coun
     curve = []
     for step in range(position.step, position.step + count):
         part = coordinator.runner.train_step(microbatches_on_rank(coordinator, case, step))
+        coordinator.saves.before_update()
         norm = coordinator.engine.apply_gradients(lr_at(coordinator.run.optim, step, steps=STEPS))
         curve.append((all_reduce_sum([float(part)], group=coordinator.runtime.groups.control)[0], norm))
     return curve
@@ -340,9 +341,9 @@ def assemble(case: Case, ranks: list[list[Held]]) -> State:
     for name, shape in logical_shapes(case.run.model).items():
         whole[name] = {
             key: _join(key_name, shape, [held for rank in ranks for held in rank if held.name == key_name])
-            for key, key_name in [("master", name), *((moment, moment_name(moment, name)) for moment in MOMENTS)]
+            for key, key_name in [("master", name), *((moment, state_name(moment, name)) for moment in MOMENTS)]
         }
-    known = {n for name in whole for n in (name, *(moment_name(moment, name) for moment in MOMENTS))}
+    known = {n for name in whole for n in (name, *(state_name(moment, name) for moment in MOMENTS))}
     assert {held.name for rank in ranks for held in rank} == known, "a rank holds what the model does not have"
     return whole
 

@@ -29,7 +29,8 @@ from small_runs import (
 from workers import WorkerFailure, pool
 
 from llama_dist import files
-from llama_dist.checkpoint.store import MANIFEST, list_committed, newest_valid, read_checkpoint, verify
+from llama_dist.checkpoint.places import MANIFEST, LocalPlace
+from llama_dist.checkpoint.store import newest_valid, read_checkpoint, verify
 from llama_dist.checkpoint.whole import load_model
 from llama_dist.errors import UserError
 
@@ -65,8 +66,9 @@ def save_on_rank(case: Case) -> Reached:
     coordinator = coordinator_on_rank(case)
     steps_on_rank(coordinator, case, restore_on_rank(coordinator), BEFORE)
     at_save = state_on_rank(coordinator)
-    coordinator.save(position_at(BEFORE))
+    coordinator.save(position_at(BEFORE), last=False)  # the steps that follow must not change what is written
     curve = steps_on_rank(coordinator, case, position_at(BEFORE), AFTER)
+    coordinator.saves.finish()
     return Reached(at_save, curve, state_on_rank(coordinator))
 
 
@@ -181,7 +183,7 @@ def test_a_shared_key_head_is_saved_once_and_loaded_by_all(folder: Path, origin:
 
 def test_the_save_is_read_whole_in_one_plain_process(folder: Path) -> None:
     source = saved(folder, Case(dp=2, tp=2, pp=2, zero=3, sequence_parallel=True))
-    checkpoint, passed_over = newest_valid(Path(source.case.folder) / "checkpoints")
+    checkpoint, passed_over = newest_valid(LocalPlace(Path(source.case.folder) / "checkpoints"))
     assert passed_over == []
     for name, parameter in load_model(checkpoint).named_parameters():
         assert np.array_equal(parameter.detach().numpy(), source.at_save[name]["master"])
@@ -232,7 +234,7 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-FILES = ("rank-00000.bin", "rank-00001.bin", "tensors.json", MANIFEST)
+FILES = ("rank-00000.bin", "rank-00001.bin", MANIFEST)
 
 
 def two_saves_on_rank(case: Case) -> list[tuple[float, float]]:
@@ -242,14 +244,14 @@ def two_saves_on_rank(case: Case) -> list[tuple[float, float]]:
     for step in range(4):
         curve += steps_on_rank(coordinator, case, position_at(step), 1)
         if step in (1, 3):
-            coordinator.save(position_at(step + 1))
+            coordinator.save(position_at(step + 1), last=True)
     return curve
 
 
 def go_on_on_rank(case: Case) -> tuple[int, list[str], list[tuple[float, float]]]:
     coordinator = coordinator_on_rank(case)
-    checkpoints = Path(case.folder) / "checkpoints"
-    checkpoint, passed_over = newest_valid(checkpoints, group=coordinator.runtime.groups.control)
+    place = LocalPlace(Path(case.folder) / "checkpoints")
+    checkpoint, passed_over = newest_valid(place, group=coordinator.runtime.groups.control)
     position = coordinator.restore(checkpoint)
     return position.step, passed_over, steps_on_rank(coordinator, case, position, 4 - position.step)
 
@@ -268,7 +270,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     case, curve = two_saves(folder)
     run = tmp_path / "run"
     shutil.copytree(case.folder, run)
-    newest = list_committed(run / "checkpoints")[0]
+    newest = run / "checkpoints" / "step-00000004"
     damage(newest / file)
     for step, passed_over, again in on_ranks(replace(case, folder=str(run)), go_on_on_rank):
         assert step == 2
@@ -280,7 +282,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 def refuse_on_rank(checkpoints: str) -> str:
     try:
-        newest_valid(Path(checkpoints), group=coordinator_on_rank(Case(dp=2)).runtime.groups.control)
+        newest_valid(LocalPlace(checkpoints), group=coordinator_on_rank(Case(dp=2)).runtime.groups.control)
     except UserError as error:
         return str(error)
     return "nothing was raised"
@@ -289,7 +291,7 @@ def refuse_on_rank(checkpoints: str) -> str:
 def test_when_none_verifies_all_ranks_refuse_and_nothing_is_deleted(folder: Path, tmp_path: Path) -> None:
     case, _ = two_saves(folder)
     shutil.copytree(Path(case.folder) / "checkpoints", tmp_path / "checkpoints")
-    first, second = list_committed(tmp_path / "checkpoints")
+    first, second = (tmp_path / "checkpoints" / f"step-0000000{step}" for step in (4, 2))
     flip(first / "rank-00000.bin")
     truncate(second / "rank-00001.bin")
     before = sorted(tmp_path.rglob("*"))
@@ -306,14 +308,14 @@ def test_when_none_verifies_all_ranks_refuse_and_nothing_is_deleted(folder: Path
 def failing_save_on_rank(case: Case, bad_rank: int, failure: str) -> dict[str, Any]:
     coordinator = coordinator_on_rank(case, with_ledger=True)
     steps_on_rank(coordinator, case, restore_on_rank(coordinator), 1)
-    coordinator.save(position_at(1))
+    coordinator.save(position_at(1), last=True)
     steps_on_rank(coordinator, case, position_at(1), 1)
     with broken(failure if coordinator.runtime.rank == bad_rank else "nothing"):
-        coordinator.save(position_at(2))
-    after_failure = coordinator.saved_at
+        coordinator.save(position_at(2), last=True)
+    after_failure = coordinator.saves.saved_at
     curve = steps_on_rank(coordinator, case, position_at(2), 1)
-    coordinator.save(position_at(3))
-    return {"failed": after_failure, "then": coordinator.saved_at, "curve": curve}
+    coordinator.save(position_at(3), last=True)
+    return {"failed": after_failure, "then": coordinator.saves.saved_at, "curve": curve}
 
 
 class broken:
@@ -361,9 +363,9 @@ def test_a_failed_save_is_loud_and_the_run_goes_on(tmp_path: Path, bad_rank: int
     assert answers[0] == answers[1]
     assert answers[0]["failed"] == 1
     assert answers[0]["then"] == 3
-    checkpoints = list_committed(tmp_path / "run" / "checkpoints")
-    assert [path.name for path in checkpoints] == ["step-00000003", "step-00000001"]
-    assert [verify(read_checkpoint(path)) for path in checkpoints] == [[], []]
+    place = LocalPlace(tmp_path / "run" / "checkpoints")
+    assert place.names() == ["step-00000003", "step-00000001"]
+    assert [verify(read_checkpoint(place, name)) for name in place.names()] == [[], []]
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000001", "step-00000003"]
     failed = [event for event in ledger_events(tmp_path / "run") if event["event"] == "save_failed"]
     assert [event["step"] for event in failed] == [2]
@@ -376,12 +378,12 @@ def test_a_failed_save_is_loud_and_the_run_goes_on(tmp_path: Path, bad_rank: int
 def die_in_save_on_rank(case: Case, victim: int, where: str) -> None:
     coordinator = coordinator_on_rank(case)
     steps_on_rank(coordinator, case, restore_on_rank(coordinator), 2)
-    coordinator.save(position_at(2))
+    coordinator.save(position_at(2), last=True)
     steps_on_rank(coordinator, case, position_at(2), 1)
     if coordinator.runtime.rank == victim:
         owner, name = {"write": (files.HashingFile, "write"), "rename": (os, "rename")}[where]
         setattr(owner, name, lambda *args: os._exit(9))
-    coordinator.save(position_at(3))
+    coordinator.save(position_at(3), last=True)
 
 
 @pytest.mark.parametrize(("victim", "where"), [(0, "write"), (1, "write"), (0, "rename")])

@@ -25,7 +25,7 @@ from parity import Trained, compare, plain, train_and_compare
 from small_runs import Case, Held
 
 from llama_dist.boxes import Box
-from llama_dist.checkpoint.pieces import moment_name
+from llama_dist.checkpoint.plan import state_name
 from llama_dist.config import fit_layout, micro_batch_of
 
 SUBSET = pairwise_subset()
@@ -102,7 +102,7 @@ def truth_on_two_ranks(case: Case) -> list[Trained]:
     for name, final in true.final.items():
         whole = Box((0,) * final.ndim, final.shape)
         state.append(Held(name, whole, True, final.copy()))
-        state += [Held(moment_name(m, name), whole, True, array.copy()) for m, array in true.moments[name].items()]
+        state += [Held(state_name(m, name), whole, True, array.copy()) for m, array in true.moments[name].items()]
     name = "model.embed_tokens.weight"
     rows = Box((0, 0), (2, case.hidden))
     copies = [Held(name, rows, False, true.final[name][:2].copy())]
