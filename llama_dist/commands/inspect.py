@@ -101,7 +101,8 @@ def _state_of(where: str) -> str:
         read_whole(where)
     except UserError as error:
         return str(error)
-    return f"{where.rpartition("/")[2]}: whole"
+    name = where.rpartition("/")[2]
+    return f"{name}: whole"
 
 
 def _evaluation(event: dict[str, Any]) -> str:
