@@ -169,6 +169,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def wait_for_device() -> None:
+    """Return when this process's GPU has done all that it was given, copies to the host included."""
+    torch.cuda.synchronize()
+
+
 def pick_device(environment: Environment, wanted: str) -> torch.device:
     """The device of this rank; `wanted` is "auto" (a GPU where there is one), "cpu" or "cuda"."""
     have = torch.cuda.device_count()

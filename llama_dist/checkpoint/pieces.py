@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,8 +13,14 @@ from llama_dist.boxes import Box
 from llama_dist.checkpoint.plan import STATES, Held, SavedLayout, state_name
 from llama_dist.model.cuts import Slice
 
-if TYPE_CHECKING:
-    from llama_dist.pipeline.partitions import Share  # which imports DeepSpeed: seconds that a reader does not need
+
+class Share(Protocol):
+    """`pipeline.partitions.Share`, from a file that imports DeepSpeed: seconds that a reader has no use for."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)

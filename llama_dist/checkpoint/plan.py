@@ -228,9 +228,9 @@ class SavedLayout:
     def _groups(self, stage: int, slices: Mapping[str, Slice]) -> list[list[str]]:
         """The optimizer's parameter groups, which ZeRO-1 and 2 concatenate: see `pipeline.engine.build_optimizer`."""
         matrices = [name for name, slice_ in slices.items() if len(slice_.shape) > 1]
-        alone = None
-        if self.model.tie_word_embeddings and self.layout.pp > 1:
-            alone = _EMBEDDING if stage in (0, self.layout.pp - 1) else matrices[0]
+        alone, ends = None, {0, self.layout.pp - 1}
+        if self.model.tie_word_embeddings and len(ends) == 2:
+            alone = _EMBEDDING if stage in ends else matrices[0]
         norms = [name for name in slices if name not in matrices]
         return [[name for name in matrices if name != alone], norms, [alone] if alone else []]
 

@@ -17,6 +17,7 @@ from llama_dist.checkpoint.pieces import Piece
 from llama_dist.checkpoint.places import Place
 from llama_dist.checkpoint.saving import SaveError, save_checkpoint
 from llama_dist.checkpoint.store import Position
+from llama_dist.runtime import wait_for_device
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Saver:
             staged.append(replace(piece, data=data))
             at += piece.data.numel()
         if on_gpu:
-            torch.cuda.synchronize()
+            wait_for_device()
         return staged
 
     def _write(self, position: Position, pieces: Sequence[Piece], state: dict[str, Any], started_at: float) -> None:
