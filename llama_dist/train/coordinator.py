@@ -248,9 +248,11 @@ class Coordinator:
             self.steps_log.write(step=position.step, samples=position.samples, **numbers)
 
     def tell(self, text: str, event: str | None = None, **fields: Any) -> None:
-        """Say a line to the reader, on the coordinator rank, and write an event into the ledger where one is named."""
-        log.info("%s", Text.from_markup(text).plain)
+        """Say a line to the reader, if there is one, on the coordinator, and write an event where one is named."""
+        if text:
+            log.info("%s", Text.from_markup(text).plain)
         if self.ledger:
-            self.steps_log.say(text)
+            if text:
+                self.steps_log.say(text)
             if event:
                 self.ledger.write(event, **fields)
