@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from llama_dist.checkpoint.pieces import Piece
 from llama_dist.checkpoint.places import Place
 from llama_dist.checkpoint.plan import file_name
 from llama_dist.checkpoint.store import Position, folder_name, seal
+from llama_dist.files import HashingFile
 from llama_dist.runtime import gather_texts
 
 RECORD = 8 + 16  # bytes: a file's size and checksum, all that the coordinator hears of a rank
@@ -45,12 +46,12 @@ def save_checkpoint(
         place.begin(draft)
         with place.create(draft, file_name(rank)) as file:
             write_pieces(pieces, file)
-        record = file.size.to_bytes(8, "little") + bytes.fromhex(file.checksum)
+        record = record_of(file)
     except (OSError, NotFiniteError) as error:
         problem = error
     where = f"{place.where}/{name}"
     try:
-        _agree(problem, where, group)
+        agree(problem, where, group)
         records = _gather(record, group)
         problem = None
         if rank == 0:
@@ -58,11 +59,11 @@ def save_checkpoint(
                 reason = may_commit()
                 if reason:
                     raise OSError(reason)
-                files = {file_name(r): _described(one) for r, one in enumerate(records)}
+                files = {file_name(r): describe_record(one) for r, one in enumerate(records)}
                 place.commit(draft, name, seal({"step": position.step, "samples": position.samples, **state, "files": files}))
             except OSError as error:
                 problem = error
-        _agree(problem, where, group)
+        agree(problem, where, group)
     except (SaveError, NotFiniteError):
         if rank == 0:
             place.abandon(draft)
@@ -70,11 +71,22 @@ def save_checkpoint(
     return name
 
 
-def _described(record: bytes) -> dict[str, Any]:
+def record_of(file: HashingFile) -> bytes:
+    """A written file's size and checksum."""
+    return file.size.to_bytes(8, "little") + bytes.fromhex(file.checksum)
+
+
+def describe_record(record: bytes) -> dict[str, Any]:
+    """A record as manifests have it."""
     return {"bytes": int.from_bytes(record[:8], "little"), "xxh3_128": record[8:].hex()}
 
 
-def _agree(problem: Exception | None, where: str, group: dist.ProcessGroup | None) -> None:
+def read_record(described: Mapping[str, Any]) -> bytes:
+    """The record that a manifest describes."""
+    return int(described["bytes"]).to_bytes(8, "little") + bytes.fromhex(described["xxh3_128"])
+
+
+def agree(problem: Exception | None, where: str, group: dist.ProcessGroup | None) -> None:
     """Raise on every rank where any has a problem. Texts travel only then: a number is all that most saves need."""
     odd = torch.tensor([problem is not None, isinstance(problem, NotFiniteError)], dtype=torch.int32)
     if group is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,12 @@ from typing import Any
 import torch.distributed as dist
 
 from llama_dist.checkpoint.dcp import read_pieces
+from llama_dist.checkpoint.object_place import ObjectPlace
 from llama_dist.checkpoint.pieces import Piece
 from llama_dist.checkpoint.places import MANIFEST, LocalPlace, Place
 from llama_dist.checkpoint.plan import SavedLayout
 from llama_dist.config import ModelConfig, build_config
+from llama_dist.data.remote import is_url
 from llama_dist.errors import UserError
 from llama_dist.runtime import gather_texts
 
@@ -59,8 +61,10 @@ class Checkpoint:
 
 
 def open_place(where: str | Path) -> Place:
-    """The place at a path."""
-    return LocalPlace(where)
+    """The place at a path or URL. Raises UserError for a URL where no checkpoints can be kept."""
+    if is_url(where) and not str(where).startswith("file://"):
+        return ObjectPlace(str(where))
+    return LocalPlace(str(where).removeprefix("file://"))
 
 
 def load_pieces(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> int:
@@ -110,16 +114,30 @@ def read_checkpoint(place: Place, name: str) -> Checkpoint:
     position = Position(body["step"], body["samples"])
     if name != folder_name(position):
         raise ValueError(f"{where}: holds the checkpoint {folder_name(position)}; somebody renamed or copied it")
-    return Checkpoint(place, name, position, body)
+    return Checkpoint(place, name, position, body | {"seal": checksum})
 
 
 def verify(checkpoint: Checkpoint, *, part: int = 0, parts: int = 1, full: bool = True) -> list[str]:
     """Check every file's size and, if `full`, checksum; returns what is wrong. `parts` callers can share the work."""
-    problems = []
-    for name, record in sorted(checkpoint.manifest["files"].items())[part::parts]:
+    files = sorted(checkpoint.manifest["files"])[part::parts]
+    return list(verify_files(checkpoint, files, full=full).values())
+
+
+def verify_files(checkpoint: Checkpoint, files: Iterable[str], *, full: bool = True) -> dict[str, str]:
+    """What is wrong with each of these files; those that are good are left out."""
+    wrong: dict[str, str] = {}
+    for name in files:
+        record = checkpoint.manifest["files"][name]
         checksum = record["xxh3_128"] if full else None
-        problems.append(checkpoint.place.check(checkpoint.name, name, size=record["bytes"], checksum=checksum))
-    return [problem for problem in problems if problem]
+        problem = checkpoint.place.check(checkpoint.name, name, size=record["bytes"], checksum=checksum)
+        if problem:
+            wrong[name] = problem
+    return wrong
+
+
+def needed_ranks(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> set[int]:
+    """The ranks in whose files these pieces lie."""
+    return {stored.rank for piece in pieces for stored in checkpoint.saved.stored(piece.name, piece.box)}
 
 
 def newest_valid(
