@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,14 @@ import numpy as np
 import pytest
 from small_runs import (
     Case,
-    Held,
-    State,
-    assemble,
     coordinator_on_rank,
     ledger_events,
     on_ranks,
     position_at,
     restore_on_rank,
-    state_on_rank,
     steps_on_rank,
 )
+from square import LAYOUTS, LIMIT, Outcome, gathered, load_on_rank, loading, problems_of, save_on_rank, saving
 from workers import WorkerFailure, pool
 
 from llama_dist import files
@@ -34,61 +31,6 @@ from llama_dist.checkpoint.store import newest_valid, read_checkpoint, verify
 from llama_dist.checkpoint.whole import load_model
 from llama_dist.errors import UserError
 
-BEFORE, AFTER = 3, 2  # steps before and after the save
-LAYOUTS = [
-    Case(dp=2, zero=1),
-    Case(dp=2, tp=2, zero=3),
-    Case(pp=4, zero=2, schedule="zb-h1"),
-    Case(zero=1),
-    Case(tp=4, zero=1, sequence_parallel=True),
-    Case(cp=2, zero=3),
-    Case(dp=2, pp=2, zero=3, schedule="interleaved", virtual_stages=2),
-    Case(tp=2, cp=2, zero=2),
-    Case(dp=4, zero=3),
-    Case(pp=2, tp=2, zero=3, stage_layers=(3, 1)),
-    Case(pp=2, cp=2, zero=1),
-    Case(zero=3),
-    Case(dp=2, tp=2, pp=2, zero=3, sequence_parallel=True),
-    Case(dp=4, zero=2),
-]
-
-
-@dataclass(frozen=True)
-class Reached:
-    """What a rank has after the save or load, and two steps later."""
-
-    at_save: list[Held]
-    curve: list[tuple[float, float]]
-    at_end: list[Held]
-
-
-def save_on_rank(case: Case) -> Reached:
-    coordinator = coordinator_on_rank(case)
-    steps_on_rank(coordinator, case, restore_on_rank(coordinator), BEFORE)
-    at_save = state_on_rank(coordinator)
-    coordinator.save(position_at(BEFORE), last=False)  # the steps that follow must not change what is written
-    curve = steps_on_rank(coordinator, case, position_at(BEFORE), AFTER)
-    coordinator.saves.finish()
-    return Reached(at_save, curve, state_on_rank(coordinator))
-
-
-def load_on_rank(case: Case) -> Reached:
-    coordinator = coordinator_on_rank(case)
-    position = restore_on_rank(coordinator)
-    assert position == position_at(BEFORE), "the run goes on where it was saved"
-    at_save = state_on_rank(coordinator)
-    curve = steps_on_rank(coordinator, case, position, AFTER)
-    return Reached(at_save, curve, state_on_rank(coordinator))
-
-
-@dataclass(frozen=True)
-class Saved:
-    case: Case
-    at_save: State
-    curve: list[tuple[float, float]]
-    at_end: State
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tmp_path_factory.mktemp("checkpoints")
@@ -96,39 +38,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @lru_cache
-def saved(folder: Path, case: Case) -> Saved:
-    """A run that was saved after three steps and went on for two."""
-    case = replace(case, micro_batch=2, folder=str(folder / str(case)))
+def saved(folder: Path, case: Case) -> Outcome:
+    """A run that was saved after three steps and went on for three."""
+    case = saving(case, folder)
     return gathered(case, on_ranks(case, save_on_rank))
 
 
-def loaded(source: Case, case: Case) -> Saved:
-    """What another layout makes of what `source` saved."""
-    case = replace(case, micro_batch=2, folder=source.folder)
-    return gathered(case, on_ranks(case, load_on_rank))
-
-
-def gathered(case: Case, ranks: list[Reached]) -> Saved:
-    at_save, at_end = ([getattr(reached, at) for reached in ranks] for at in ("at_save", "at_end"))
-    return Saved(case, assemble(case, at_save), ranks[0].curve, assemble(case, at_end))
-
-
-def assert_same_bits(a: State, b: State) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        for key in a[name]:
-            assert np.array_equal(a[name][key], b[name][key]), f"{key} of {name}"
-
-
-def check_that_one_loads_what_another_saved(folder: Path, origin: Case, target: Case, *, rtol: float) -> None:
+def check_that_one_loads_what_another_saved(folder: Path, origin: Case, target: Case, *, rtol: float = LIMIT) -> None:
     source = saved(folder, origin)
-    reached = loaded(source.case, target)
-    assert_same_bits(reached.at_save, source.at_save)
-    if origin == target:
-        assert reached.curve == source.curve
-        assert_same_bits(reached.at_end, source.at_end)
-    np.testing.assert_allclose(reached.curve, source.curve, rtol=rtol)
-    assert any((source.at_save[n]["exp_avg"] != 0).all() for n in source.at_save), "there were moments to carry over"
+    case = loading(source, target)
+    found = gathered(case, on_ranks(case, load_on_rank))
+    assert problems_of(source, found, same_layout=origin == target, limit=rtol) == []
 
 
 def pairs(*offsets: int) -> list[tuple[Case, Case]]:
@@ -139,7 +59,7 @@ def pairs(*offsets: int) -> list[tuple[Case, Case]]:
 
 @pytest.mark.parametrize(("origin", "target"), pairs(0, 1, 5), ids=str)
 def test_any_layout_loads_what_any_saved(folder: Path, origin: Case, target: Case) -> None:
-    check_that_one_loads_what_another_saved(folder, origin, target, rtol=1e-5)
+    check_that_one_loads_what_another_saved(folder, origin, target)
 
 
 BFLOAT16 = [
@@ -168,7 +88,7 @@ TIED = [
 @pytest.mark.parametrize(("origin", "target"), TIED, ids=str)
 def test_a_tied_head_is_saved_once_and_stays_tied(folder: Path, origin: Case, target: Case) -> None:
     origin, target = (replace(case, tied=True) for case in (origin, target))
-    check_that_one_loads_what_another_saved(folder, origin, target, rtol=1e-5)
+    check_that_one_loads_what_another_saved(folder, origin, target)
     assert "lm_head.weight" not in saved(folder, origin).at_save
 
 
@@ -178,7 +98,7 @@ KV_HEADS = [(Case(tp=4, zero=3), Case(dp=2, zero=1)), (Case(dp=2, zero=2), Case(
 @pytest.mark.parametrize(("origin", "target"), KV_HEADS, ids=str)
 def test_a_shared_key_head_is_saved_once_and_loaded_by_all(folder: Path, origin: Case, target: Case) -> None:
     origin, target = (replace(case, kv_heads=1) for case in (origin, target))
-    check_that_one_loads_what_another_saved(folder, origin, target, rtol=1e-5)
+    check_that_one_loads_what_another_saved(folder, origin, target)
 
 
 def test_the_save_is_read_whole_in_one_plain_process(folder: Path) -> None:
@@ -190,27 +110,14 @@ def test_the_save_is_read_whole_in_one_plain_process(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", [Case(dp=4, zero=1), Case(dp=4, zero=3), Case(pp=2, tp=2), Case(dp=2, tp=2)], ids=str)
-def test_a_rank_reads_its_share_and_no_more(folder: Path, case: Case, tmp_path: Path) -> None:
+def test_a_rank_reads_its_share_and_no_more(folder: Path, case: Case) -> None:
     source = saved(folder, Case(dp=2, zero=1))
-    shutil.copytree(source.case.folder, tmp_path / "run")
     total = sum(a.nbytes for arrays in source.at_save.values() for a in arrays.values())
-    read = on_ranks(replace(case, folder=str(tmp_path / "run")), bytes_on_rank)
+    read = [reached.read for reached in on_ranks(loading(source, case), load_on_rank)]
     # Each tensor-parallel rank reads the norms, which are small.
     assert total <= sum(read) < 1.02 * total
     assert sum(read) == total or case.tp > 1
     assert max(read) < 1.1 * total / 4
-
-
-def bytes_on_rank(case: Case) -> int:
-    coordinator = coordinator_on_rank(case)
-    bytes_read: list[int] = []
-
-    def tell(*args: str, **fields: Any) -> None:  # on every rank, and not on the coordinator only
-        bytes_read.extend(value for name, value in fields.items() if name == "bytes_read")
-
-    coordinator.tell = tell
-    restore_on_rank(coordinator)
-    return bytes_read[0]
 
 
 # A damaged checkpoint is named and passed over by all ranks.
