@@ -166,6 +166,19 @@ class TrainConfig(Section):
     """How long a rank waits for the others before it gives up."""
 
 
+class LocalConfig(Section):
+    """Frequent saves to the disks of the nodes, from which a run goes on where no two neighbouring nodes were lost."""
+
+    folder: Text
+    """On each node's own disk; $NAMES and ${NAMES} of environment variables are filled in on each rank."""
+    every: Count
+    """Steps between these saves; where a save to shared storage is due, that one is made instead."""
+    keep: Count = 1
+    """How many of the newest stay."""
+    neighbour: Flag = True
+    """Whether the next node keeps a copy of a node's files."""
+
+
 class CheckpointConfig(Section):
     """When the run saves itself."""
 
@@ -183,6 +196,8 @@ class CheckpointConfig(Section):
     """What a resume checks first: every checksum, or only that all files are there in their sizes."""
     folder: Text | None = None
     """Where checkpoints are kept, a folder or a URL such as s3://bucket/run; null: checkpoints in the run's folder."""
+    local: LocalConfig | None = None
+    """More frequent saves to the nodes' own disks; null: none."""
 
 
 class EvalConfig(Section):

@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 
 from llama_dist.checkpoint.dcp import NotFiniteError
+from llama_dist.checkpoint.local_level import LocalLevel
 from llama_dist.checkpoint.pieces import Piece
 from llama_dist.checkpoint.places import Place
+from llama_dist.checkpoint.plan import ITEM
 from llama_dist.checkpoint.saving import SaveError, save_checkpoint
 from llama_dist.checkpoint.store import Position
+from llama_dist.files import aligned_memory
 from llama_dist.runtime import wait_for_device
 
 
@@ -31,6 +34,7 @@ class Saved:
     name: str
     blocked: float
     seconds: float
+    local: bool = False
     error: Exception | None = None
     pruned: tuple[str, ...] = ()
     prune_problem: str | None = None
@@ -52,12 +56,14 @@ class Saver:
         group: dist.ProcessGroup | None,
         may_commit: Callable[[], str | None] = lambda: None,
         prune: Callable[[str], list[str]] | None = None,
+        local: LocalLevel | None = None,
     ) -> None:
         self._place = place
         self._attempt = attempt
         self._group = group
         self._may_commit = may_commit
         self._prune = prune
+        self._local = local
         self._staging: torch.Tensor | None = None
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
@@ -65,18 +71,22 @@ class Saver:
         self._saved: Saved | None = None
         self._broken: BaseException | None = None
 
-    def save(self, position: Position, pieces: Sequence[Piece], state: dict[str, Any], *, wait: bool) -> Saved | None:
-        """Begin to save; with `wait`, return when it is done. Returns how the save before ended, if not told yet."""
+    def save(
+        self, position: Position, pieces: Sequence[Piece], state: dict[str, Any], *, wait: bool, local: bool = False
+    ) -> Saved | None:
+        """Begin to save; with `wait`, return when it is done. Returns how the save before ended, if not told yet.
+
+        `local`: to the nodes' own disks.
+        """
         started_at = time.perf_counter()
         before = self.finish()
         if wait:
             self._copied.set()
-            self._write(position, pieces, state, started_at)
+            self._write(position, pieces, state, started_at, local)
         else:
             self._copied.clear()
-            self._thread = threading.Thread(
-                target=self._copy_and_write, args=(position, pieces, state, started_at), name="saver", daemon=True
-            )
+            arguments = position, pieces, state, started_at, local
+            self._thread = threading.Thread(target=self._copy_and_write, args=arguments, name="saver", daemon=True)
             atexit.register(self._thread.join)  # a process that ends does not give up what it has begun to write
             self._thread.start()
         self._blocked = time.perf_counter() - started_at
@@ -108,12 +118,12 @@ class Saver:
         return None if saved is None else replace(saved, blocked=self._blocked)
 
     def _copy_and_write(
-        self, position: Position, pieces: Sequence[Piece], state: dict[str, Any], started_at: float
+        self, position: Position, pieces: Sequence[Piece], state: dict[str, Any], started_at: float, local: bool
     ) -> None:
         try:
             staged = self._stage(pieces)
             self._copied.set()
-            self._write(position, staged, state, started_at)
+            self._write(position, staged, state, started_at, local)
         except BaseException as error:
             self._broken = error
         finally:
@@ -124,7 +134,7 @@ class Saver:
         total = sum(piece.data.numel() for piece in pieces)
         on_gpu = any(piece.data.is_cuda for piece in pieces)
         if self._staging is None or self._staging.numel() != total:
-            self._staging = torch.empty(total, dtype=torch.float32, pin_memory=on_gpu)
+            self._staging = _host_memory(total, pinned=on_gpu)
         staged, at = [], 0
         for piece in pieces:
             data = self._staging[at : at + piece.data.numel()].view(piece.data.shape)
@@ -135,24 +145,31 @@ class Saver:
             wait_for_device()
         return staged
 
-    def _write(self, position: Position, pieces: Sequence[Piece], state: dict[str, Any], started_at: float) -> None:
+    def _write(
+        self, position: Position, pieces: Sequence[Piece], state: dict[str, Any], started_at: float, local: bool
+    ) -> None:
         name, failed, pruned, problem = "", None, [], None
+        options = {"state": state, "attempt": self._attempt, "may_commit": self._may_commit}
         try:
-            name = save_checkpoint(
-                self._place,
-                position,
-                pieces,
-                state=state,
-                attempt=self._attempt,
-                group=self._group,
-                may_commit=self._may_commit,
-            )
+            if local:
+                name = self._local.save(position, pieces, **options)
+            else:
+                name = save_checkpoint(self._place, position, pieces, group=self._group, **options)
         except (SaveError, NotFiniteError) as error:
             failed = error
         seconds = time.perf_counter() - started_at
-        if self._prune is not None and failed is None:
-            try:
+        try:
+            if failed is None and local:
+                self._local.prune()
+            elif failed is None and self._prune is not None:
                 pruned = self._prune(name)
-            except OSError as error:
-                problem = str(error)
-        self._saved = Saved(position, name, 0.0, seconds, failed, tuple(pruned), problem)
+        except OSError as error:
+            problem = str(error)
+        self._saved = Saved(position, name, 0.0, seconds, local, failed, tuple(pruned), problem)
+
+
+def _host_memory(total: int, *, pinned: bool) -> torch.Tensor:
+    """A float32 tensor of `total` elements: pinned for copies from a GPU, else aligned for writes past the page cache."""
+    if pinned:
+        return torch.empty(total, dtype=torch.float32, pin_memory=True)
+    return torch.frombuffer(aligned_memory(max(total, 1) * 4), dtype=torch.float32)[:total]

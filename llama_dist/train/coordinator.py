@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from llama_dist import __version__
+from llama_dist.checkpoint.local_level import LocalLevel
 from llama_dist.checkpoint.pieces import Piece, check_shares, pieces_of_shares
 from llama_dist.checkpoint.plan import SavedLayout, split_name
 from llama_dist.checkpoint.store import Checkpoint, Position, load_pieces
@@ -30,6 +31,7 @@ from llama_dist.pipeline.engine import StageEngine
 from llama_dist.pipeline.runner import PipelineRunner
 from llama_dist.runtime import Runtime, all_reduce_sum, gather_texts
 from llama_dist.train.evaluation import Evaluation, Results, describe
+from llama_dist.train.finding import Found
 from llama_dist.train.ledger import Ledger
 from llama_dist.train.metrics import StepLog
 from llama_dist.train.resume import changed_settings
@@ -45,6 +47,7 @@ class Decision:
 
     loss: float
     save: bool = False
+    save_local: bool = False
     evaluate: bool = False
     stop: bool = False
 
@@ -66,6 +69,7 @@ class Coordinator:
     ledger: Ledger | None = None
     steps_log: StepLog | None = None
     last_results: Results = field(default_factory=dict)
+    local: LocalLevel | None = None
     saves: Saves | None = None  # there once the run stands at a position
 
     @property
@@ -88,8 +92,9 @@ class Coordinator:
         )
         return SavedLayout(self.run.model, self.runtime.layout, parallel.zero, tuple(layers))
 
-    def restore(self, checkpoint: Checkpoint | None) -> Position:
+    def restore(self, found: Found) -> Position:
         """Continue from a checkpoint that verified, or draw the initial weights. Collective."""
+        checkpoint = found.checkpoint
         check_shares(self.engine.shares(), self.engine.stage.slices, self.saved_layout, self.runtime.rank)
         place, damaged = place_of(self.run), []
         if self.ledger:
@@ -97,7 +102,9 @@ class Coordinator:
                 self.tell(f"[red]{escape(problem)}[/]", "leftover", reason=problem)
             newer = place.names()
             # Whatever is newer than the newest that verifies does not verify.
-            damaged = newer[: newer.index(checkpoint.name)] if checkpoint and checkpoint.name in newer else newer
+            damaged = [] if found.is_local or checkpoint is None else newer[: newer.index(checkpoint.name)]
+        if self.local and self.local.nodes.is_leader:
+            self.local.place.sweep()
         self.saves = build_saves(
             self.run,
             place,
@@ -107,18 +114,22 @@ class Coordinator:
             tell=self.tell,
             may_commit=self._successor,
             damaged=damaged,
+            local=self.local,
         )
         if checkpoint is None:
             self._draw_weights()
             self.engine.refresh()
             return Position()
-        self._load(checkpoint)
+        self._load(checkpoint, is_local=found.is_local)
         return checkpoint.position
 
-    def _load(self, checkpoint: Checkpoint) -> None:
+    def _load(self, checkpoint: Checkpoint, *, is_local: bool) -> None:
         read, problem = 0, []
+        pieces = [piece for piece in self.pieces() if split_name(piece.name)[0] in checkpoint.saved.states]
+        if is_local:
+            self.local.gather(checkpoint, pieces, attempt=self.attempt)
         try:
-            read = load_pieces(checkpoint, [p for p in self.pieces() if split_name(p.name)[0] in checkpoint.saved.states])
+            read = load_pieces(checkpoint, pieces)
         except UserError as error:
             problem = [str(error)]
         problems = gather_texts(problem, group=self.runtime.groups.control)
@@ -163,9 +174,12 @@ class Coordinator:
             raise RunError(self._diverged(position, f"loss {loss}, gradient norm {grad_norm}"))
         ended = position.step >= self.run.train.steps
         save_every, eval_every = self.run.checkpoint.every, self.run.eval.every
+        local = self.run.checkpoint.local
+        save = bool(ended or asked or (save_every and position.step % save_every == 0))
         return Decision(
             loss=loss,
-            save=bool(ended or asked or (save_every and position.step % save_every == 0)),
+            save=save,
+            save_local=local is not None and not save and position.step % local.every == 0,
             # Whoever asks to stop does not wait for an evaluation.
             evaluate=bool(ended or (not asked and eval_every and position.step % eval_every == 0)),
             stop=bool(asked),
@@ -193,14 +207,15 @@ class Coordinator:
                 step=position.step, samples=position.samples, loss=loss, grad_norm=grad_norm, lr=lr
             )
 
-    def save(self, position: Position, *, last: bool) -> None:
-        """Save and prune: in the background, or to the end at the `last` save. Collective.
+    def save(self, position: Position, *, last: bool = False, local: bool = False) -> None:
+        """Save and prune: in the background, or to the end at the `last` save; `local`: on the nodes. Collective.
 
         A save that fails is loud and the run goes on with the checkpoints before. Raises RunError when the state has
         diverged.
         """
         pieces = [piece for piece in self.pieces() if piece.owner]
-        self.saves.begin(position, pieces, self._state(), wait=last or not self.run.checkpoint.asynchronous)
+        wait = last or not self.run.checkpoint.asynchronous
+        self.saves.begin(position, pieces, self._state(), wait=wait, local=local)
         self._check_saved_state()
         self.start_clock()
 

@@ -34,8 +34,9 @@ def train(
 
         decision = coordinator.decide(position, loss_part, grad_norm)  # the only control collective of a step
         coordinator.record(position, loss=decision.loss, grad_norm=grad_norm, lr=lr)
-        if decision.save:
-            coordinator.save(position, last=decision.stop or position.step >= run.train.steps)
+        if decision.save or decision.save_local:
+            last = decision.stop or position.step >= run.train.steps
+            coordinator.save(position, last=last, local=decision.save_local)
         if decision.evaluate:
             coordinator.evaluate(position)
         if decision.stop:

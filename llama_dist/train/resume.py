@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llama_dist.checkpoint.store import Checkpoint
-from llama_dist.checkpoint.whole import config_of
+from llama_dist.checkpoint.whole import config_of, is_imported
 from llama_dist.config import RunConfig
 from llama_dist.config_data import DataConfig
 from llama_dist.data.history import History, Pace
@@ -18,14 +18,19 @@ from llama_dist.errors import UserError
 
 # The mathematics of the run, and what its samples are.
 FIXED = ("model.", "data.seq_len", "data.seed", "data.packing", "data.document_mask", "train.seed")
+# Of a model whose weights were imported: how a model begins is of the past, and how far it reaches is the run's choice.
+FREE_OF_IMPORTED = ("model.initializer_range", "model.max_position_embeddings")
 
 
 def check_same_run(checkpoint: Checkpoint, run: RunConfig) -> None:
     """Refuse to continue a checkpoint under a config that would give another model or other samples.
 
     Layout, precision, learning rate, batch, number of steps, evaluation and the mixture of the data may change; raises
-    UserError naming what may not.
+    UserError naming what may not. Weights that were imported go with whatever run trains the same model.
     """
+    if is_imported(checkpoint):
+        _check_same_model(checkpoint, run)
+        return
     changed = [change for change in changed_settings(checkpoint, run) if change.startswith(FIXED)]
     if changed:
         raise UserError(
@@ -34,8 +39,22 @@ def check_same_run(checkpoint: Checkpoint, run: RunConfig) -> None:
         )
 
 
+def _check_same_model(checkpoint: Checkpoint, run: RunConfig) -> None:
+    then = dict(_flat(checkpoint.saved.model.model_dump(mode="json"), "model."))
+    now = dict(_flat(run.model.model_dump(mode="json"), "model."))
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in FREE_OF_IMPORTED]
+    if names:
+        differing = "; ".join(f"{name}: {then.get(name)} there, {now.get(name)} in the config" for name in names)
+        raise UserError(
+            f"{checkpoint}: holds the imported weights of another model; name the model.yaml that lies beside its "
+            f"checkpoints as `model`, or take another `folder`. {differing}"
+        )
+
+
 def changed_settings(checkpoint: Checkpoint, run: RunConfig) -> list[str]:
     """Every setting that is not what it was when the checkpoint was saved, with both values."""
+    if is_imported(checkpoint):
+        return []
     # Settings that came into being since then had their defaults.
     then = dict(_flat(config_of(checkpoint).model_dump(mode="json")))
     now = dict(_flat(run.model_dump(mode="json")))
@@ -43,13 +62,15 @@ def changed_settings(checkpoint: Checkpoint, run: RunConfig) -> list[str]:
     return [f"{name}: {then.get(name)} then, {now.get(name)} now" for name in names]
 
 
-def history_of(checkpoint: Checkpoint, run: RunConfig) -> History:
-    """What the run had read when it saved a checkpoint, and what it was to read then.
+def history_of(checkpoint: Checkpoint, run: RunConfig) -> History | None:
+    """What the run had read when it saved a checkpoint, and what it was to read then; of imported weights None.
 
     Older checkpoints have only a hash of their one mixture: it must be that of the config of now or of then. Raises
     UserError where it is neither's.
     """
     manifest = checkpoint.manifest
+    if is_imported(checkpoint):
+        return None
     if "data" in manifest:
         return History.from_json(manifest["data"])
     then = config_of(checkpoint)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from rich.markup import escape
 
 from llama_dist.checkpoint.dcp import NotFiniteError
+from llama_dist.checkpoint.local_level import LocalLevel
 from llama_dist.checkpoint.pieces import Piece
 from llama_dist.checkpoint.places import Place
 from llama_dist.checkpoint.retention import doomed, step_of
@@ -47,9 +48,14 @@ class Saves:
     saved_at: int = -1
     diverged: tuple[Position, NotFiniteError] | None = None
 
-    def begin(self, position: Position, pieces: list[Piece], state: dict[str, Any], *, wait: bool) -> None:
-        """Save; with `wait`, return when it is done. Waits for the save before in any case."""
-        self._note(self.saver.save(position, pieces, state, wait=wait))
+    def begin(
+        self, position: Position, pieces: list[Piece], state: dict[str, Any], *, wait: bool, local: bool = False
+    ) -> None:
+        """Save; with `wait`, return when it is done. Waits for the save before in any case.
+
+        `local`: to the nodes' own disks.
+        """
+        self._note(self.saver.save(position, pieces, state, wait=wait, local=local))
         if wait:
             self._note(self.saver.finish())
 
@@ -76,7 +82,10 @@ class Saves:
         else:
             self.saved_at = step
             times = {"blocked_seconds": round(saved.blocked, 4), "seconds": round(saved.seconds, 4)}
-            self.tell(f"[dim]saved {escape(self.place.where)}/{saved.name}[/]", "save", step=step, **times)
+            if saved.local:
+                self.tell(f"[dim]saved step {step} on the nodes[/]", "save_local", step=step, **times)
+            else:
+                self.tell(f"[dim]saved {escape(self.place.where)}/{saved.name}[/]", "save", step=step, **times)
         if saved.pruned:
             self.tell("", "prune", pruned=list(saved.pruned))
         if saved.prune_problem:
@@ -136,7 +145,9 @@ def build_saves(
     tell: Tell,
     may_commit: Callable[[], str | None],
     damaged: Collection[str] = (),
+    local: LocalLevel | None = None,
 ) -> Saves:
     """The saves of one start of a run."""
     prune = Pruning(place, run.checkpoint, Path(run.folder), damaged) if is_coordinator else None
-    return Saves(Saver(place, attempt=attempt, group=group, may_commit=may_commit, prune=prune), place, tell)
+    saver = Saver(place, attempt=attempt, group=group, may_commit=may_commit, prune=prune, local=local)
+    return Saves(saver, place, tell)

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from rich.markup import escape
 
 from llama_dist import __version__
-from llama_dist.checkpoint.store import Position, newest_valid
+from llama_dist.checkpoint.local_level import LocalLevel
+from llama_dist.checkpoint.store import Position
 from llama_dist.config import RunConfig, dump_config, fit_layout, micro_batch_of
 from llama_dist.data.history import History, Pace, changes_ahead, switch_between
 from llama_dist.data.loader import Loader
@@ -38,12 +39,12 @@ from llama_dist.pipeline.schedule import PipelineShape, schedule_words
 from llama_dist.runtime import Runtime, gather_texts, is_lost_contact, pick_device, read_environment, start_runtime, stop_runtime
 from llama_dist.train.coordinator import Coordinator
 from llama_dist.train.evaluation import Evaluation
+from llama_dist.train.finding import find_newest, open_local_level
 from llama_dist.train.holding import holding
 from llama_dist.train.ledger import Ledger, open_ledger
 from llama_dist.train.loop import train
 from llama_dist.train.metrics import StepLog, duration, peak_tflops, quantity
 from llama_dist.train.resume import check_same_run, history_of
-from llama_dist.train.saves import place_of
 from llama_dist.train.signals import StopRequest, stop_request
 
 log = logging.getLogger("llama_dist")
@@ -135,9 +136,9 @@ def _resume_or_start(
 ) -> int:
     """Find the newest checkpoint that verifies, and train on from it; without any, from the start."""
     check_shards(run, runtime)
-    checkpoint, passed_over = newest_valid(
-        place_of(run), group=runtime.groups.control, full=run.checkpoint.verify == "full"
-    )
+    level = open_local_level(run, runtime.groups)
+    found = find_newest(run, level, group=runtime.groups.control)
+    checkpoint = found.checkpoint
     position, then = Position(), None
     if checkpoint is not None:
         check_same_run(checkpoint, run)
@@ -155,11 +156,11 @@ def _resume_or_start(
             steps_log = _open_steps_log(run, runtime, attempt) if ledger else None
         except OSError as error:
             raise UserError(f"folder={run.folder}: cannot be written to: {error}; mend it or name another") from error
-        coordinator = _build(run, runtime, history, evaluation, request, ledger, attempt, steps_log)
-        for problem in passed_over:
+        coordinator = _build(run, runtime, history, evaluation, request, ledger, attempt, steps_log, level)
+        for problem in found.passed_over:
             coordinator.tell(f"[red]checkpoint passed over:[/] {problem}", "checkpoint_passed_over", problem=problem)
         started_at = time.perf_counter()
-        begun = coordinator.restore(checkpoint)
+        begun = coordinator.restore(found)
         _tell_mixture(run, coordinator, then, begun)
         until = begun.samples + (run.train.steps - begun.step) * run.train.global_batch
         with Prefetching(loader, steps=run.data.prefetch, until=until) as steps_ahead:
@@ -226,6 +227,7 @@ def _build(
     ledger: Ledger | None,
     attempt: int,
     steps_log: StepLog | None,
+    local: LocalLevel | None = None,
 ) -> Coordinator:
     """The stage, its engine and runner, and the coordinator that holds them. Collective."""
     layout, coord = runtime.layout, runtime.coord
@@ -251,6 +253,7 @@ def _build(
         tokenizer_fingerprint=evaluation.tokenizer.fingerprint,
         ledger=ledger,
         steps_log=steps_log,
+        local=local,
     )
 
 

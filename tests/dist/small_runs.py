@@ -20,7 +20,7 @@ from workers import pool, runtime
 from llama_dist.boxes import Box
 from llama_dist.checkpoint.pieces import check_coverage
 from llama_dist.checkpoint.plan import state_name
-from llama_dist.checkpoint.store import Position, newest_valid
+from llama_dist.checkpoint.store import Position
 from llama_dist.config import RunConfig, build_config
 from llama_dist.data.history import History
 from llama_dist.data.loader import Batch
@@ -31,7 +31,7 @@ from llama_dist.runtime import all_reduce_sum
 from llama_dist.train.coordinator import Coordinator
 from llama_dist.train.ledger import open_ledger
 from llama_dist.train.optim import lr_at
-from llama_dist.train.saves import place_of
+from llama_dist.train.finding import find_newest, open_local_level
 from llama_dist.train.session import _build
 from llama_dist.train.signals import StopRequest
 
@@ -280,13 +280,13 @@ def coordinator_on_rank(case: Case, *, with_ledger: bool = False) -> Coordinator
         ledger=ledger,
         attempt=1,
         steps_log=SilentLog() if ledger else None,
+        local=open_local_level(run, place.groups),
     )
 
 
 def restore_on_rank(coordinator: Coordinator) -> Position:
     """Go on from the newest checkpoint of the run's folder that verifies, or draw the first weights."""
-    checkpoint, _ = newest_valid(place_of(coordinator.run), group=coordinator.runtime.groups.control)
-    return coordinator.restore(checkpoint)
+    return coordinator.restore(find_newest(coordinator.run, coordinator.local, group=coordinator.runtime.groups.control))
 
 
 def microbatches_on_rank(coordinator: Coordinator, case: Case, step: int) -> list[Batch]:
