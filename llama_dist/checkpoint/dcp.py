@@ -174,7 +174,11 @@ class PieceLoadPlanner(LoadPlanner):
 
 
 class RawWriter(StorageWriter):
-    """Writes a rank's pieces one after the other into `sink`, from a GPU a block at a time."""
+    """Writes a rank's pieces one after the other into `sink`, in blocks that do not end where a piece does.
+
+    What lies together in memory is written together: what was copied to host memory in this order, and much of what
+    ZeRO keeps flat. Large writes are fast ones, and only they can go past the page cache.
+    """
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -192,17 +196,22 @@ class RawWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = []
+        results, run = [], None
         for item in plan.items:
             flat = planner.resolve_data(item).detach().contiguous().view(-1)
-            for block in flat.split(BLOCK):
-                # A sum is as fast as memory, and of finite numbers only an overflow is not finite. A state that diverged
-                # in the very step that is saved would otherwise become the newest good one.
-                if not bool(torch.isfinite(block.sum())) and not bool(torch.isfinite(block).all()):
-                    raise NotFiniteError(f"{item.index.fqn} holds values that are not finite numbers")
-                self._sink.write(block.cpu().numpy())
+            _check_finite(item.index.fqn, flat)
+            if run is not None and _follows(flat, run):
+                run = run.as_strided((run.numel() + flat.numel(),), (1,))
+            else:
+                self._write(run)
+                run = flat
             results.append(WriteResult(index=item.index, size_in_bytes=flat.nbytes, storage_data=None))
+        self._write(run)
         return _done(results)
+
+    def _write(self, run: Tensor | None) -> None:
+        for block in () if run is None else run.split(BLOCK):
+            self._sink.write(block.cpu().numpy())
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         pass
@@ -210,6 +219,22 @@ class RawWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
+
+
+def _check_finite(name: str, flat: Tensor) -> None:
+    """A sum is as fast as memory, and of finite numbers only an overflow is not finite.
+
+    A state that diverged in the very step that is saved would otherwise become the newest good one.
+    """
+    for block in flat.split(BLOCK):
+        if not bool(torch.isfinite(block.sum())) and not bool(torch.isfinite(block).all()):
+            raise NotFiniteError(f"{name} holds values that are not finite numbers")
+
+
+def _follows(after: Tensor, before: Tensor) -> bool:
+    """Whether one flat tensor begins in memory where another ends."""
+    same = after.untyped_storage().data_ptr() == before.untyped_storage().data_ptr() and after.dtype == before.dtype
+    return same and after.storage_offset() == before.storage_offset() + before.numel()
 
 
 class RawReader(StorageReader):
