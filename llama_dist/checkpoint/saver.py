@@ -172,4 +172,4 @@ def _host_memory(total: int, *, pinned: bool) -> torch.Tensor:
     """A float32 tensor of `total` elements: pinned for copies from a GPU, else aligned for writes past the page cache."""
     if pinned:
         return torch.empty(total, dtype=torch.float32, pin_memory=True)
-    return torch.frombuffer(aligned_memory(max(total, 1) * 4), dtype=torch.float32)[:total]
+    return torch.frombuffer(aligned_memory(max(total, 1) * ITEM), dtype=torch.float32)[:total]
