@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_dist.data.corpus import HELDOUT_FRACTION, MAX_BYTES, gather_corpus
 from llama_dist.data.describe import format_bytes
+from llama_dist.data.words import counted
 
 DESCRIPTION = """\
 Gather a corpus that every machine with Python has: the language reference, docstrings and sources of its standard
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.out}: {state}, from the standard library of {manifest['python']}")
     print(f"  train.jsonl    {_counts(manifest['train'])}")
     print(f"  heldout.jsonl  {_counts(manifest['heldout'])}")
-    print(f"  choices.jsonl  {manifest['choices']} questions of four choices")
+    print(f"  choices.jsonl  {counted(manifest['choices'], 'question')} of four choices")
     return 0
 
 
@@ -55,4 +56,4 @@ def _counts(side: dict[str, dict[str, Any]]) -> str:
     documents = sum(kind["documents"] for kind in side.values())
     size = format_bytes(sum(kind["bytes"] for kind in side.values()))
     kinds = ", ".join(f"{kind} {counts['documents']}" for kind, counts in side.items())
-    return f"{documents} documents, {size} ({kinds})"
+    return f"{counted(documents, 'document')}, {size} ({kinds})"

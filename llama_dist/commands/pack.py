@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llama_dist.data.describe import format_bytes
 from llama_dist.data.packing import Packing, index_folder, pack
+from llama_dist.data.words import counted
 
 DESCRIPTION = """\
 Pack documents into samples best-fit, so that only those longer than a sample are cut (Ding et al. 2024), for training
@@ -42,7 +43,7 @@ def describe_packing(packing: Packing, folder: Path) -> str:
     concatenated = max(tokens - 1, 0) // packing.seq_len
     cut, cut_by_concat, short = (packing.total(what) for what in ("cut", "cut_by_concat", "short"))
     lines = [
-        f"{folder}: {tokens:,} tokens in {documents:,} documents",
+        f"{folder}: {counted(tokens, 'token')} in {counted(documents, 'document')}",
         f"  samples           {samples:,} of {packing.seq_len + 1:,} tokens (concatenated: {concatenated:,})",
         f"  padding           {packing.padding_share:.4%}",
         f"  documents cut     {cut:,} ({cut / documents:.2%}), each longer than a sample "
@@ -50,5 +51,5 @@ def describe_packing(packing: Packing, folder: Path) -> str:
         f"  index             {format_bytes(packing.total('bytes'))}",
     ]
     if short:
-        lines.append(f"  left out          {short:,} documents of one token or none, with nothing to predict")
+        lines.append(f"  left out          {counted(short, 'document')} of one token or none, with nothing to predict")
     return "\n".join(lines)

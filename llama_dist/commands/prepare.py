@@ -109,6 +109,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"Skipped documents: {kinds}{listed}.", file=sys.stderr)
     if others := passed_over(args.inputs):
         names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        print(f"Files in these folders that are of no kind that is read here: {len(others):,} ({names}).", file=sys.stderr)
+        print(f"Files in these folders of no kind that is read here: {len(others):,} ({names}).", file=sys.stderr)
     print(describe_shards(args.out))
     return 0

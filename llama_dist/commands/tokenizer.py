@@ -16,6 +16,7 @@ from llama_dist.data.rows import Document, Reading
 from llama_dist.data.skips import SkipLimit
 from llama_dist.data.tokenizer import load_tokenizer
 from llama_dist.data.vocabulary import CHARACTER_COVERAGE, SAMPLE_BYTES, train_tokenizer
+from llama_dist.data.words import counted
 from llama_dist.errors import UserError
 
 TRAIN_DESCRIPTION = """\
@@ -100,7 +101,8 @@ def _texts(inputs: Sequence[str], reading: Reading, limit: SkipLimit) -> Iterato
                     first.append(f"{with_line(document.where)}: {document.reason}")
     if skipped := kinds.total():
         counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
-        told = f"{skipped:,} of {documents + skipped:,} documents cannot be read ({counts}): {'; '.join(first)}"
+        all_of_them = counted(documents + skipped, "document")
+        told = f"{skipped:,} of {all_of_them} cannot be read ({counts}): {'; '.join(first)}"
         if not limit.allows(skipped, documents + skipped):
             raise UserError(f"{told}; allowed are {limit.text}: mend them, or raise --max-skipped")
         print(told, file=sys.stderr)

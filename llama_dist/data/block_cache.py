@@ -1,4 +1,4 @@
-"""Blocks of remote files on a disk of this machine: of bounded size, shared by all processes, each with its checksum."""
+"""Blocks of remote files on a disk of this machine: of bounded size, shared by all processes, and checksummed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class BlockCache:
     def _make_room(self, size: int) -> None:
         """See to it that `size` bytes more still leave a tenth of the limit free."""
         self._written += size
-        if self._written <= self.limit // 100:  # ten processes stay below the limit by what they write between two looks
+        if self._written <= self.limit // 100:  # ten processes stay below the limit between two looks
             return
         self._written = 0
         for _ in range(EVICTIONS):

@@ -10,6 +10,7 @@ import numpy as np
 from llama_dist.data.manifest import Manifest
 from llama_dist.data.shards import Shards
 from llama_dist.data.tokenizer import fingerprint_of, load_tokenizer
+from llama_dist.data.words import counted
 from llama_dist.errors import UserError
 
 SAMPLE_TOKENS = 48
@@ -24,7 +25,7 @@ def describe_shards(path: str | Path, tokenizer: str | Path | None = None) -> st
     where the shards or the tokenizer cannot be read.
     """
     shards = Shards(path)
-    lines = [f"{path}: {shards.num_tokens:,} tokens in {shards.num_documents:,} documents"]
+    lines = [f"{path}: {counted(shards.num_tokens, 'token')} in {counted(shards.num_documents, 'document')}"]
     if shards.manifest is not None:
         lines += _of_manifest(shards.manifest)
     else:
@@ -52,7 +53,7 @@ def _of_manifest(manifest: Manifest) -> list[str]:
 
 
 def _of_lengths(shards: Shards) -> list[str]:
-    """Quantiles and a histogram of the documents' lengths: an octave each, its documents and its share of the tokens."""
+    """Quantiles and a histogram of the documents' lengths: of each octave its documents and share of the tokens."""
     lengths, counts = _count_lengths(shards)
     ends = np.cumsum(counts)
     places = [round(q * (shards.num_documents - 1)) for q in QUANTILES]
@@ -67,7 +68,8 @@ def _of_lengths(shards: Shards) -> list[str]:
         bar = "#" * int(np.ceil(BAR * documents[octave] / documents.max()))
         share = tokens[octave] / max(1, tokens.sum())
         lines.append(
-            f"    {_octave(octave):>{width}}  {bar:<{BAR}}  {int(documents[octave]):,} documents, {share:.1%} of the tokens"
+            f"    {_octave(octave):>{width}}  {bar:<{BAR}}  {counted(int(documents[octave]), 'document')}, "
+            f"{share:.1%} of the tokens"
         )
     return lines
 

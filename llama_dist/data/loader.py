@@ -26,8 +26,8 @@ class Batch:
     """Micro-batch: `tokens` (micro_batch, seq_len + 1) int64, and for each row where documents begin in tokens[:, :-1].
 
     `documents`: positions in rising order, the first always 0; None where documents see each other.
-    `counted`: bool (micro_batch, seq_len), which targets (tokens[:, 1:]) count in the loss; None: all. In a step, either
-    all replicas have such masks or none has.
+    `counted`: bool (micro_batch, seq_len), which targets (tokens[:, 1:]) count in the loss; None: all. In a step,
+    either all replicas have such masks or none has.
     """
 
     tokens: Tensor

@@ -110,7 +110,7 @@ def _marks_spaces(spec: dict[str, Any]) -> bool:
         normalizers = (spec["normalizer"] or {}).get("normalizers", [])[_prepends(spec) :]
         if normalizers != [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]:
             return False
-    elif spec["normalizer"] is not None or pre_tokenizer["type"] != "Metaspace" or pre_tokenizer["replacement"] != SPACE:
+    elif spec["normalizer"] or pre_tokenizer["type"] != "Metaspace" or pre_tokenizer["replacement"] != SPACE:
         return False
     elif pre_tokenizer["split"]:
         return True

@@ -123,7 +123,8 @@ class Index:
             found.append(f"{misplaced} of its {self._num_sequences} sequences do not begin where the one before ends")
         disordered = 0
         for first in range(0, self.num_documents, BLOCK_ITEMS):
-            disordered += int((np.diff(self._documents(first, min(first + BLOCK_ITEMS, self.num_documents) + 1)) < 0).sum())
+            documents = self._documents(first, min(first + BLOCK_ITEMS, self.num_documents) + 1)
+            disordered += int((np.diff(documents) < 0).sum())
         if disordered:
             found.append(f"{disordered} of its {self.num_documents} documents end before they begin")
         return found

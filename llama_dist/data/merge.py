@@ -20,11 +20,11 @@ from llama_dist.data.megatron import dtype_for
 from llama_dist.data.plan import Plan, changed_input, contents, identify
 from llama_dist.data.shard_writer import unigram_entropy
 from llama_dist.data.shards import load_manifest
-from llama_dist.data.skips import LineNumbers, Tally, skipped_lines
+from llama_dist.data.skips import Tally, list_skipped, write_lines
 from llama_dist.data.tokenizer import Tokenizer
 from llama_dist.data.units import COUNTS, SKIPPED, Record, Unit
 from llama_dist.errors import UserError
-from llama_dist.files import HashingFile, sync_folder, write_file
+from llama_dist.files import sync_folder, write_file
 
 MAX_INPUTS = 1000
 INPUTS = "inputs.jsonl"
@@ -48,7 +48,7 @@ def merge(
     counts = _sum_of_counts(folder, units, tokenizer.vocab_size)
     files = _move_pairs(folder, units, tally.records)
     if tally.faults:
-        files[SKIPPED] = _write_skipped(folder, units)
+        files[SKIPPED] = _write_lines(folder / SKIPPED, list_skipped(folder, units))
     told = plan.inputs
     if len(told) > MAX_INPUTS:
         files[INPUTS] = _write_lines(folder / INPUTS, [json.dumps(item) for item in told])
@@ -129,20 +129,6 @@ def _move_pairs(folder: Path, units: list[Unit], records: list[Record]) -> dict[
     return files
 
 
-def _write_skipped(folder: Path, units: list[Unit]) -> dict[str, Any]:
-    numbers = LineNumbers()
-    lines = []
-    for unit in units:
-        for line in skipped_lines(folder, unit):
-            item = json.loads(line)
-            if "where" in item:
-                item["where"] = numbers.tell(item["where"])
-            lines.append(json.dumps(item, ensure_ascii=False))
-    return _write_lines(folder / SKIPPED, lines)
-
-
 def _write_lines(path: Path, lines: list[str]) -> dict[str, Any]:
-    path.unlink(missing_ok=True)
-    with HashingFile(path) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+    file = write_lines(path, lines)
     return {"bytes": file.size, "xxh3_128": file.checksum}

@@ -28,9 +28,10 @@ from llama_dist.data.progress import SpokenProgress
 from llama_dist.data.rows import Reading
 from llama_dist.data.shard_writer import PAIR_TOKENS
 from llama_dist.data.shards import Shards, load_manifest
-from llama_dist.data.skips import SkipLimit, Tally
+from llama_dist.data.skips import SkipLimit, Tally, list_beside
 from llama_dist.data.tokenizer import Tokenizer, load_tokenizer
 from llama_dist.data.units import MIN_UNIT_BYTES, Job, Unit, finished, unit_size, units_of
+from llama_dist.data.words import counted
 from llama_dist.data.workers import run_here, run_in_processes, stoppable
 from llama_dist.errors import RunError, UserError
 
@@ -110,7 +111,7 @@ def prepare(
     tokenizer = load_tokenizer(tokenizer_path)
     out = Path(out) if Path(out).name else Path(out).resolve()
     folder = out.with_name(f"{out.name}.partial")
-    found = _without_own(list_inputs(inputs), [folder, *[out] * (out / MANIFEST).is_file()])
+    found = _without_own(list_inputs(inputs), [folder, *[out] * (out / MANIFEST).is_file()], list_beside(out))
     size = unit_bytes or unit_size(found)
     plan = Plan(tokenizer.fingerprint, asdict(reading), size, pair_tokens, identify(found))
     if not is_free(out):
@@ -144,10 +145,15 @@ def find_node(env: Mapping[str, str]) -> Node:
     return Node()
 
 
-def _without_own(inputs: list[Input], folders: list[Path]) -> list[Input]:
+def _without_own(inputs: list[Input], folders: list[Path], listed: Path) -> list[Input]:
     """Without what this work itself has written where the folder of its inputs holds its shards, too."""
     own = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
-    return [item for item in inputs if is_url(item.path) or not os.path.abspath(item.path).startswith(own)]
+    paths = [item.path if is_url(item.path) else os.path.abspath(item.path) for item in inputs]
+    return [
+        item
+        for item, path in zip(inputs, paths, strict=True)
+        if not path.startswith(own) and path != os.path.abspath(listed)
+    ]
 
 
 def _cores() -> int:
@@ -189,7 +195,7 @@ def _try_to_make(work: Work, claims: Claims, progress: SpokenProgress) -> Manife
 
 def _make(work: Work, claims: Claims, progress: SpokenProgress) -> Manifest:
     folder = work.job.folder
-    tally = Tally(folder, work.units, work.limit)
+    tally = Tally(folder, work.units, work.limit, list_beside(work.out))
     if not (folder / MANIFEST).exists():
         _do_units(work, claims, tally, progress)
     while not claims.take_folder():
@@ -208,7 +214,9 @@ def _make(work: Work, claims: Claims, progress: SpokenProgress) -> Manifest:
             tokenizer_path=work.job.tokenizer,
             command=work.command,
         )
-    return publish(folder, work.out)
+    manifest = publish(folder, work.out)
+    list_beside(work.out).unlink(missing_ok=True)  # of an earlier call, which stopped
+    return manifest
 
 
 def _do_units(work: Work, claims: Claims, tally: Tally, progress: SpokenProgress) -> None:
@@ -248,7 +256,8 @@ def _leave(work: Work, claims: Claims) -> str:
     if (is_little or not done) and claims.is_alone():
         shutil.rmtree(folder, ignore_errors=True)
         return ""
-    return f"; {done:,} of {len(work.units):,} units of the work are done and kept in {folder}: the same call goes on"
+    units = f"{done:,} of {counted(len(work.units), 'unit')} of the work {'is' if done == 1 else 'are'} done"
+    return f"; {units} and kept in {folder}: the same call goes on"
 
 
 def _finished(out: Path, plan: Plan) -> Manifest:

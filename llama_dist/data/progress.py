@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from llama_dist.data.describe import format_bytes
 from llama_dist.data.units import Unit
+from llama_dist.data.words import counted
 from llama_dist.data.workers import Progress
 
 
@@ -40,7 +41,8 @@ class SpokenProgress(Progress):
         if self._bytes_at_start is None:
             self._bytes_at_start = self._bytes()
             if self._done:
-                self._say(f"{len(self._done):,} of {len(self._units):,} units of the work were done before")
+                units, verb = counted(len(self._units), "unit"), "was" if len(self._done) == 1 else "were"
+                self._say(f"{len(self._done):,} of {units} of the work {verb} done before")
 
     def tick(self) -> None:
         now = time.monotonic()
@@ -48,7 +50,7 @@ class SpokenProgress(Progress):
             return
         self._said_at = now
         elapsed = now - self._started_at
-        line = f"{len(self._done):,} of {len(self._units):,} units, {format_bytes(self._text)} of text here"
+        line = f"{len(self._done):,} of {counted(len(self._units), 'unit')}, {format_bytes(self._text)} of text here"
         line += f" at {self._text / elapsed / 1e6:.1f} MB/s"
         new = self._bytes() - (self._bytes_at_start or 0)
         if new and len(self._done) < len(self._units):
@@ -60,7 +62,7 @@ class SpokenProgress(Progress):
         """All that is left is with other processes."""
         if time.monotonic() - self._said_at >= self._seconds:
             self._said_at = time.monotonic()
-            self._say(f"waiting for the last {units:,} units, which other processes work on")
+            self._say(f"waiting for the last {counted(units, 'unit')}, on which other processes work")
 
     def _bytes(self) -> int:
         return sum(self._units[number].bytes for number in self._done)

@@ -168,7 +168,8 @@ class RemoteFile:
 
     def read_into(self, buffer: memoryview, at: int) -> None:
         if at + len(buffer) > self.size:
-            raise UserError(f"{self.path}: ends at byte {self.size}, expected {at + len(buffer)}; copy the shards again")
+            end = at + len(buffer)
+            raise UserError(f"{self.path}: ends at byte {self.size}, expected {end}; copy the shards again")
         done = 0
         while done < len(buffer):
             block = self._block((at + done) // BLOCK)

@@ -167,10 +167,10 @@ def too_long(where: str, reading: Reading) -> Skipped:
     return Skipped(where, reason, "too_long")
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, longest: int = MAX_REASON) -> str:
     """A message without what a broken file may have put into it: its first line, and not too much of it."""
     line = text.strip().split("\n", 1)[0]
-    return line if len(line) <= MAX_REASON else line[:MAX_REASON] + "..."
+    return line if len(line) <= longest else line[:longest] + "..."
 
 
 def listed(names: Mapping[str, Any] | list[str]) -> str:

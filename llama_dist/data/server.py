@@ -75,7 +75,7 @@ class Server:
         return self.ask(name, get)
 
     def stream(self, name: str) -> Iterator[bytes]:
-        """All of a file as it comes. To be called through `ask`: a stream that breaks off is begun again by its reader."""
+        """All of a file as it comes. Call it through `ask`: a stream that breaks off is begun again by its reader."""
         with self._files.open(self._path(name), "rb", block_size=0) as file:
             while part := file.read(PART):
                 yield part

@@ -201,7 +201,7 @@ class Shards:
             self._storage.open(f"{pair.name}.idx", pair.idx_bytes)
 
     def sample_checksums(self) -> dict[str, str]:
-        """A checksum of evenly spread tokens, for shards without a manifest: tells corpora apart without reading all."""
+        """A checksum of evenly spread tokens, for shards without a manifest: tells them apart without reading all."""
         starts = np.linspace(0, max(self.num_tokens - 4096, 0), 64).astype(np.int64)
         digest = xxhash.xxh3_128(str(self.num_tokens).encode())
         for start in starts.tolist():

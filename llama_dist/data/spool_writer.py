@@ -31,10 +31,11 @@ from llama_dist.data.plan import contents, identify
 from llama_dist.data.rows import Reading
 from llama_dist.data.shard_writer import ShardWriter, unigram_entropy
 from llama_dist.data.shards import load_manifest
-from llama_dist.data.skips import TOLD, SkipLimit
+from llama_dist.data.skips import TOLD, SkipLimit, too_many
 from llama_dist.data.stream import END, ERROR, WANTED
 from llama_dist.data.tokenizer import load_tokenizer
 from llama_dist.data.units import BATCH_DOCUMENTS, EMPTY
+from llama_dist.data.words import counted
 from llama_dist.errors import UserError
 from llama_dist.files import write_file
 
@@ -208,11 +209,10 @@ class _Spool:
 
     def _judge(self, documents: int) -> None:
         if not self._limit.allows(self._faults, documents):
-            kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(self._skipped.items()) if kind != EMPTY)
-            raise UserError(
-                f"{'; '.join(self._read.first)} (so {self._faults:,} of {self._seen:,} documents of the stream so far "
-                f"had to be skipped: {kinds}; allowed are {self._limit.text}; mend them, or raise stream.max_skipped)"
-            )
+            seen = f"{counted(self._seen, 'document')} of the stream so far"
+            first = [each.partition(": ")[::2] for each in self._read.first]
+            problem = too_many(first, self._faults, seen, self._skipped, self._limit.text)
+            raise UserError(f"{problem}; mend them, or raise stream.max_skipped")
 
     def _commit(self, writer: ShardWriter, size: int) -> None:
         """Add what was written to the spool, with how far the text was read."""

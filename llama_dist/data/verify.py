@@ -19,6 +19,7 @@ from llama_dist.data.remote import open_storage
 from llama_dist.data.shards import no_manifest
 from llama_dist.data.storage import Storage
 from llama_dist.data.tokenizer import load_tokenizer
+from llama_dist.data.words import counted
 from llama_dist.errors import RunError, UserError
 
 
@@ -91,8 +92,8 @@ def verify_shards(
     problems += [problem for file in found for problem in file.problems]
     if manifest is not None and (total.tokens, total.documents) != (manifest.tokens, manifest.documents):
         problems.append(
-            f"{path}: holds {total.tokens} tokens in {total.documents} documents, but its {MANIFEST} says "
-            f"{manifest.tokens} in {manifest.documents}"
+            f"{path}: holds {counted(total.tokens, 'token')} in {counted(total.documents, 'document')}, but its "
+            f"{MANIFEST} says {manifest.tokens:,} in {manifest.documents:,}"
         )
     return Verified(_checks(expected, total, manifest), problems)
 
@@ -103,9 +104,9 @@ def _checks(expected: Expected, total: Found, manifest: Manifest | None) -> list
     if expected.vocab_size is not None:
         ids = f"each held to a vocabulary of {expected.vocab_size:,}"
     return [
-        f"{len(expected.files):,} files of {total.bytes:,} bytes: {sums}",
-        f"{total.tokens:,} ids, the largest {total.max_id:,}: {ids}",
-        f"{total.documents:,} documents: each index held to its .bin file"
+        f"{counted(len(expected.files), 'file')} of {counted(total.bytes, 'byte')}: {sums}",
+        f"{counted(total.tokens, 'id')}, the largest {total.max_id:,}: {ids}",
+        f"{counted(total.documents, 'document')}: each index held to its .bin file"
         + (f", counts to {MANIFEST}" if manifest is not None else ""),
     ]
 

@@ -241,17 +241,25 @@ def test_lines_that_filters_take_out_are_counted(tmp_path: Path) -> None:
     assert report.counts.lines == {"c4.line_no_terminal_punc": 1}
     (item,) = removed_of(tmp_path / "out")
     assert (item["reason"], item["kept"], item["removed_text"]) == ("lines", True, text + "\nwithout an end mark")
-    assert "1 documents were changed" in "\n".join(report.lines())
+    assert "1 document changed by lines that were taken out: c4" in "\n".join(report.lines())
 
 
 def test_what_cannot_be_read_stops_it_over_a_threshold(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [text_of(i) for i in range(9)])
     source.write_bytes(source.read_bytes() + b'{"text": "\xff"}\n')
     usual = Choices(dedup=("exact",))
-    with pytest.raises(UserError, match="1 of 10 documents cannot be read, and max_skipped is 0.1% .*a.jsonl:10"):
-        clean([source], tmp_path / "out", usual, workers=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-    report = clean([source], tmp_path / "out", Choices(dedup=("exact",), max_skipped="10%"), workers=1)
+    too_many = "a.jsonl:10: .*so 1 of 10 documents had to be skipped: 1 encoding; allowed are 0.1%.; "
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"^[^\n]*{too_many}[^\n]*out.skipped.jsonl lists them; mend them"):
+            clean([tmp_path], tmp_path / "out", usual, workers=1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.skipped.jsonl"]
+    (item,) = [json.loads(line) for line in (tmp_path / "out.skipped.jsonl").read_text().splitlines()]
+    assert (item["where"], item["kind"]) == (f"{source}:10", "encoding") and "byte" in item["reason"]
+    report_only = Choices(dedup=("exact",), report_only=True)
+    with pytest.raises(UserError, match=f"{too_many}give --out to have them listed; mend"):
+        clean([source], None, report_only, workers=1)
+    report = clean([tmp_path], tmp_path / "out", Choices(dedup=("exact",), max_skipped="10%"), workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
     assert report.counts.removed["unreadable.encoding"].documents == 1 and len(texts_of(tmp_path / "out")) == 9
 
 

@@ -197,7 +197,7 @@ def test_what_a_dead_node_had_begun_is_done_by_another(here: Path, monkeypatch: 
     assert os.waitpid(other, os.WNOHANG) == (0, 0), "it must wait for the unit that another process is at"
     os.kill(stuck, signal.SIGKILL)
     assert (status_of(stuck), status_of(other)) == (-signal.SIGKILL, 0)
-    assert "waiting for the last 1 units, which other processes work on" in Path("said").read_text()
+    assert "waiting for the last 1 unit, on which other processes work" in Path("said").read_text()
     assert content("out") == whole
 
 

@@ -45,11 +45,38 @@ def test_too_many_are_refused_with_the_first_of_them(source: Path) -> None:
             make(source, max_skipped=limit)
         said = str(caught.value)
         assert said.startswith("a.jsonl:7: not valid JSON") and "\n" not in said
-        assert f"allowed are {limit}; mend them, or raise --max-skipped" in said
-    assert "(so 3 of 99 documents in all had to be skipped: 1 column, 1 encoding, 1 json;" in said
-    assert '; a.jsonl:30: no string "text"' in said and "; a.jsonl:31: byte " in said
+        assert f"allowed are {limit}); out.skipped.jsonl lists them; mend them, or raise --max-skipped" in said
+    assert "; then a.jsonl:30, a.jsonl:31 (so 3 of 99 documents had to be skipped: 1 column, 1 encoding, 1 json;" in said
     assert "units of the work are done and kept in out.partial" in said
     assert not Path("out").exists()
+
+
+def test_the_list_of_too_many_is_kept_until_it_went_well(source: Path) -> None:
+    source.write_bytes(source.read_bytes() + b'{"text": 1, "' + b"x" * 9000 + b'": [}\n')
+    for _ in range(2):
+        with pytest.raises(UserError) as caught:
+            prepare(["."], small_tokenizer(), "out", workers=1)
+        said = str(caught.value)
+        assert "out.skipped.jsonl lists them" in said and "4 of 100 documents" in said and len(said) < 500
+        assert sorted(path.name for path in Path().iterdir()) == ["a.jsonl", "out.skipped.jsonl"]
+    listed = [json.loads(line) for line in Path("out.skipped.jsonl").read_text().splitlines()]
+    assert [(item["where"], item["kind"]) for item in listed] == [
+        ("a.jsonl:7", "json"), ("a.jsonl:30", "column"), ("a.jsonl:31", "encoding"), ("a.jsonl:101", "json")
+    ]  # fmt: skip
+    assert listed[1]["reason"].startswith('no string "text"') and "byte" in listed[2]["reason"]
+    manifest = prepare(["."], small_tokenizer(), "out", workers=1, max_skipped="4").manifest
+    assert [item["file"] for item in manifest.inputs] == ["a.jsonl"], "the list is no input"
+    assert sorted(path.name for path in Path().iterdir()) == ["a.jsonl", "out"]
+
+
+def test_a_list_of_much_is_bounded_and_the_message_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_bytes(b"{broken\n" * 5000)
+    with pytest.raises(UserError) as caught:
+        prepare(["a.jsonl"], small_tokenizer(), "out", workers=1)
+    assert "(so 5,000 of 5,000 documents had" in str(caught.value) and len(str(caught.value)) < 400
+    listed = [json.loads(line) for line in Path("out.skipped.jsonl").read_text().splitlines()]
+    assert len(listed) == units.SKIPPED_LINES + 1 and listed[-1] == {"more": 5000 - units.SKIPPED_LINES}
 
 
 @pytest.mark.parametrize("limit", ["3", "3.1%", "100%"])
@@ -79,7 +106,9 @@ def test_the_verdict_is_the_same_for_any_order_of_the_work(tmp_path: Path, monke
     def refusal(**settings: Any) -> str:
         with pytest.raises(UserError) as caught:
             prepare(["in"], small_tokenizer(), "out", unit_bytes=UNIT_BYTES, max_skipped="1%", **settings)
-        return re.sub(r"; \d+ of \d+ units.*", "", str(caught.value))
+        listed = Path("out.skipped.jsonl").read_text()
+        Path("out.skipped.jsonl").unlink()
+        return re.sub(r"; \d+ of \d+ units.*", "", str(caught.value)) + listed
 
     said = [refusal(workers=1)]
     assert not Path("out.partial/00003").exists(), "it was not stopped early"
@@ -89,6 +118,7 @@ def test_the_verdict_is_the_same_for_any_order_of_the_work(tmp_path: Path, monke
     shutil.rmtree("out.partial")
     said += [refusal(workers=1, node=Node(4, 5))]
     assert set(said) == {said[0]} and "documents in the first " in said[0]
+    assert said[0].count('"where": "in/0.jsonl:') == units.SKIPPED_LINES
 
 
 def test_the_work_is_no_input_of_itself(source: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llama_dist.data.words import counted
+
 EXAMPLES = 3
 
 
@@ -92,7 +94,8 @@ class Report:
         yield _row("out" if not self.report_only else "would be out", counts.kept.documents, counts.kept.bytes, "")
         if counts.changed.documents:
             removed = ", ".join(f"{rule} {count:,}" for rule, count in counts.lines.most_common())
-            yield f"{counts.changed.documents:,} documents were changed; lines taken out of documents: {removed}"
+            changed = counted(counts.changed.documents, "document")
+            yield f"{changed} changed by lines that were taken out: {removed}"
         if self.near_not_compared:
             yield (
                 f"near duplicates: {self.near_not_compared:,} times a document in a crowded band was like none of the "
@@ -105,12 +108,12 @@ class Report:
         if found is None:
             return
         yield (
-            f"held out: {found['hit']:,} of {found['documents']:,} texts share {found['run_words']} words in a row "
-            "with the inputs, or are in them whole where they are shorter "
+            f"held out: {found['hit']:,} of {counted(found['documents'], 'text')} share {found['run_words']} words in a "
+            "row with the inputs, or are in them whole where they are shorter "
             f"({found['too_short']:,} are too short to tell)"
         )
         for item in found["most_hit"]:
-            yield f"  {item['shared']:,} of {item['runs']:,} runs of {item['id']}, first in {item['found_in']}"
+            yield f"  {item['shared']:,} of {counted(item['runs'], 'run')} of {item['id']}, first in {item['found_in']}"
 
 
 def _examples(tally: Tally) -> str:

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,14 @@ from llama_dist.data.clean.jsonl import JsonlWriter
 from llama_dist.data.clean.overlap import HeldOut, index_held_out
 from llama_dist.data.clean.pool import Pool
 from llama_dist.data.clean.report import Counts, Report, Tally
-from llama_dist.data.clean.work import Job, Judged, drop_duplicates, judge, paths_of
+from llama_dist.data.clean.work import UNREADABLE, Job, Judged, drop_duplicates, judge, paths_of, unreadable_of
 from llama_dist.data.documents import read_documents, with_line
 from llama_dist.data.files import checksum_of, is_free, new_folder
 from llama_dist.data.inputs import list_inputs
-from llama_dist.data.skips import SkipLimit
+from llama_dist.data.opening import is_url
+from llama_dist.data.skips import TOLD, SkipLimit, keep_list, lines_of, list_beside, too_many
 from llama_dist.data.units import Unit, unit_size, units_of
+from llama_dist.data.words import counted
 from llama_dist.data.workers import stoppable
 from llama_dist.errors import UserError
 from llama_dist.files import BLOCK, HashingFile, sync_folder, write_file
@@ -74,13 +77,16 @@ def clean(
     listed = list_inputs(inputs)
     if choices.against:
         _check_apart([item.path for item in listed], [item.path for item in list_inputs(choices.against)])
+    if out is not None:  # what an earlier call has left where the folder of the inputs holds its results, too
+        left = os.path.abspath(list_beside(Path(out)))
+        listed = [item for item in listed if is_url(item.path) or os.path.abspath(item.path) != left]
     units = units_of(listed, unit_bytes or unit_size(listed))
     report = Report(command, choices.report_only, choices.as_settings(), Counts())
     folder_of = _folder(None if out is None else Path(out))
     with stoppable(), folder_of as folder, Pool(min(workers, len(units))) as pool:
         work = folder / "work"
         work.mkdir()
-        _Cleaning(choices, report, folder, work, pool, tell).run(units)
+        _Cleaning(choices, report, None if out is None else Path(out), folder, work, pool, tell).run(units)
         shutil.rmtree(work)
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         report.files = {
@@ -88,6 +94,8 @@ def clean(
             for file in files
         }
         write_file(folder / REPORT, report.to_json().encode())
+    if out is not None:
+        list_beside(Path(out)).unlink(missing_ok=True)
     return report
 
 
@@ -114,6 +122,7 @@ class _Cleaning:
 
     choices: Choices
     report: Report
+    out: Path | None
     folder: Path
     work: Path
     pool: Pool
@@ -126,8 +135,8 @@ class _Cleaning:
         for one in self.pool.each(judge, [(job, unit) for unit in units]):
             judged.append(one)
             self.report.counts.merge(one.counts)
-            self.tell(f"looked at {len(judged):,} of {len(units):,} units")
-        self._check_readable(judged)
+            self.tell(f"looked at {len(judged):,} of {counted(len(units), 'unit')}")
+        self._check_readable(judged, job)
         firsts = np.cumsum([0, *(one.counts.kept.documents for one in judged)])
         left = self._find_duplicates(judged, job, firsts) if job.deduplicates else np.diff(firsts)
         self._write_texts(job, firsts, left)
@@ -160,18 +169,34 @@ class _Cleaning:
             suffix=choices.suffix,
         )
 
-    def _check_readable(self, judged: list[Judged]) -> None:
+    def _check_readable(self, judged: list[Judged], job: Job) -> None:
         counts = self.report.counts
         skipped = sum(one.skipped for one in judged)
         if not SkipLimit(self.choices.max_skipped).allows(skipped, counts.came.documents):
-            examples = [tally.examples[0] for name, tally in counts.removed.items() if name.startswith("unreadable.")]
-            raise UserError(
-                f"{skipped:,} of {counts.came.documents:,} documents cannot be read, and max_skipped is "
-                f"{self.choices.max_skipped} (for example {', '.join(map(with_line, examples))}); "
-                "mend them, or raise --max-skipped"
-            )
+            raise UserError(self._unreadable(job, len(judged), skipped))
         if counts.came.documents == counts.removed.get("empty", Tally()).documents:
             raise UserError("inputs: there is no document in them; give at least one file that has some")
+
+    def _unreadable(self, job: Job, units: int, skipped: int) -> str:
+        """What is said of too much that cannot be read; the list of it stays."""
+
+        def items() -> Iterator[dict[str, str]]:
+            return (item for unit in range(units) for item in unreadable_of(job, unit))
+
+        counts = self.report.counts
+        kinds = {name: tally.documents for name, tally in counts.removed.items() if name.startswith(UNREADABLE)}
+        first = [(item["where"], item["reason"]) for item in islice(items(), TOLD)]
+        seen = counted(counts.came.documents, "document")
+        problem = too_many(
+            first, skipped, seen, {name.removeprefix(UNREADABLE): n for name, n in kinds.items()},
+            self.choices.max_skipped,
+        )  # fmt: skip
+        listed = "give --out to have them listed"
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            keep_list(list_beside(self.out), lines_of(items()))
+            listed = f"{list_beside(self.out)} lists them"
+        return f"{problem}; {listed}; mend them, or raise --max-skipped"
 
     def _find_duplicates(self, judged: list[Judged], job: Job, firsts: np.ndarray) -> np.ndarray:
         """Settles the clusters, in the work folder. Returns how many documents are left of each unit."""
@@ -205,7 +230,7 @@ class _Cleaning:
             tasks = [(job, unit, firsts, out) for unit, out in enumerate(outs)]
             for done, counts in enumerate(self.pool.each(drop_duplicates, tasks), start=1):
                 self.report.counts.merge(counts)
-                self.tell(f"wrote {done:,} of {len(tasks):,} units")
+                self.tell(f"wrote {done:,} of {counted(len(tasks), 'unit')}")
         else:
             for unit, out in enumerate(outs):
                 if out is not None:

@@ -28,6 +28,7 @@ from llama_dist.data.documents import Document, Reading, Skipped, read_part
 from llama_dist.data.units import Unit
 
 REMOVED_TEXT = "removed_text"  # not "text", so that nobody trains on the list of what was removed
+UNREADABLE = "unreadable."  # and of what kind: the reason of what was removed for that
 _BATCH = 1024  # signatures, and hashes of texts, that wait to be written
 
 
@@ -78,6 +79,15 @@ def paths_of(job: Job, number: int) -> Paths:
     kinds = ("kept", "removed", "duplicates", "names", "signatures", "hits")
     ends = (job.suffix, job.suffix, job.suffix, "", "", ".npy")
     return Paths(*(job.folder / f"{kind}-{number:06d}{end}" for kind, end in zip(kinds, ends, strict=True)))
+
+
+def unreadable_of(job: Job, number: int) -> Iterator[dict[str, str]]:
+    """What of a unit, which was judged, cannot be read: where, kind and reason."""
+    for line in read_lines(paths_of(job, number).removed):
+        item = json.loads(line)
+        if item["reason"].startswith(UNREADABLE):
+            kind = item["reason"].removeprefix(UNREADABLE)
+            yield {"where": item["id"], "kind": kind, "reason": item["why"]}
 
 
 def judge(job: Job, unit: Unit) -> Judged:
@@ -138,7 +148,7 @@ class _Removed:
         self._list(document, {"reason": "lines", "bytes": size, "kept": True})
 
     def unreadable(self, item: Skipped) -> None:
-        reason = "empty" if item.kind == "empty" else f"unreadable.{item.kind}"
+        reason = "empty" if item.kind == "empty" else f"{UNREADABLE}{item.kind}"
         self._counts.remove(reason, 0, item.where, item.count)
         self._file.add({"id": item.where, "reason": reason, "why": item.reason, "documents": item.count})
 
