@@ -208,6 +208,8 @@ def test_check_file_names_the_file_and_what_differs(tmp_path: Path) -> None:
     assert check_file(path, size=len(data) + 1, checksum=checksum) == (
         f"{path}: has {len(data)} bytes, expected {len(data) + 1}"
     )
+    assert check_file(path, size=len(data), checksum=None) is None
+    assert check_file(path, size=len(data) - 1, checksum=None).endswith(f"expected {len(data) - 1}")
     for at in (0, BLOCK - 1, BLOCK, len(data) - 1):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         problem = check_file(path, size=len(data), checksum=checksum)
