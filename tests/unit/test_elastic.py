@@ -13,7 +13,7 @@ import pytest
 import torch
 from data_helpers import WORDS, small_tokenizer, write_jsonl
 
-from llama_dist.checkpoint.store import Checkpoint, Position
+from llama_dist.checkpoint.store import Checkpoint, Position, open_place
 from llama_dist.cli import main
 from llama_dist.config import RunConfig, build_config, dump_config
 from llama_dist.config_data import CurriculumStep, DataConfig, Source
@@ -292,7 +292,7 @@ def old_checkpoint(run: RunConfig, position: Position, folder: Path) -> Checkpoi
         del settings["name"], settings["epochs"]
     for name in ("packing", "prefetch", "cache", "cache_gb", "curriculum"):
         del config["data"][name]
-    return Checkpoint(folder, position, {"config": config, "data_fingerprint": digest.hexdigest()})
+    return Checkpoint(open_place(folder), "old", position, {"config": config, "data_fingerprint": digest.hexdigest()})
 
 
 def plain_run(home: Path, folder: Path, weights: dict[str, float], **train: int) -> RunConfig:
@@ -338,7 +338,7 @@ def test_new_checkpoints_keep_the_history(home: Path, tmp_path: Path) -> None:
     (loader,) = loaders(run.data, batch=8, dp=1)
     history = loader.begin()
     manifest = {"config": run.model_dump(mode="json"), "data": json.loads(json.dumps(history.to_json()))}
-    checkpoint = Checkpoint(tmp_path, Position(10, 80), manifest)
+    checkpoint = Checkpoint(open_place(tmp_path), "new", Position(10, 80), manifest)
     assert history_of(checkpoint, run) == history
     changes = ({"packing": "best_fit"}, "data.packing: concat then"), ({"seed": 3}, "data.seed: 0 then, 3 now")
     for change, told in changes:
