@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -22,8 +23,11 @@ COMMANDS = {
     "train": "pretrain, or go on with a run",
     "eval": "measure a checkpoint: perplexity and multiple choice",
     "generate": "let a checkpoint write",
+    "import": "take weights of Hugging Face's or Meta's to begin a run from",
+    "export": "write weights for Transformers or llama.cpp",
     "inspect": "say what a run, a checkpoint or a shard directory holds",
-    "verify": "hold shards or a checkpoint to all that they say of themselves",
+    "diff": "compare the weights of two checkpoints",
+    "verify": "hold shards, a checkpoint or a run to all that they say of themselves",
     "settings": "print every setting of a run, with its default and what it does",
 }
 EXIT_RUN_ERROR = 1
@@ -38,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         _overview().parse_args(argv or ["--help"])
         return 0  # --help and --version end in parse_args, and so does an unknown command, with status 2
-    command = importlib.import_module(f"llama_dist.commands.{argv[0]}")
+    # `import` cannot be the name of a module.
+    command = importlib.import_module(f"llama_dist.commands.{argv[0]}{'_' * keyword.iskeyword(argv[0])}")
     parser = argparse.ArgumentParser(prog=f"llama-dist {argv[0]}")
     command.add_arguments(parser)
     args = parser.parse_args(argv[1:])

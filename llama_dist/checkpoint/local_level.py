@@ -37,6 +37,14 @@ Files = dict[str, tuple[str, frozenset[str]]]  # of each checkpoint: its manifes
 
 
 @dataclass(frozen=True)
+class Spread:
+    """A checkpoint whose files lie on the nodes, and of each node those that are good there."""
+
+    checkpoint: Checkpoint
+    holders: tuple[frozenset[str], ...]
+
+
+@dataclass(frozen=True)
 class LocalLevel:
     """The node-local level of one rank of a run. `place` is in a folder that belongs to this run and this node alone."""
 
@@ -140,27 +148,21 @@ class LocalLevel:
             return error
         return None
 
-    def newest(self, *, full: bool = True) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint of which all files are good on some node, and what is wrong with newer ones. Collective.
-
-        Afterwards the files that ranks of this node have to read are on this node, if it is to be loaded: see `gather`.
-        """
+    def newest(self, *, full: bool = True) -> tuple[Spread | None, list[str]]:
+        """The newest checkpoint of which every file is good on some node, and what is wrong with newer ones. Collective."""
         mine, problems = self._good_files(full)
-        everyone: list[Files] = [{}] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, mine, group=self.group)
-        candidates = sorted({name for files in everyone for name in files}, reverse=True)
-        texts: list[list[str]] = [[]] * len(everyone)
-        dist.all_gather_object(texts, problems, group=self.group)
-        passed_over = sorted({text for one in texts for text in one})
-        for name in candidates:
-            seals = {files[name][0] for files in everyone if name in files}
-            for seal_ in sorted(seals):
-                have = frozenset().union(*(f[name][1] for f in everyone if name in f and f[name][0] == seal_))
-                checkpoint = self._manifest_of(name, seal_, everyone)
-                missing = set(checkpoint.manifest["files"]) - have
-                if not missing:
-                    return checkpoint, passed_over
-                passed_over.append(f"{checkpoint}: no node has {', '.join(sorted(missing)[:5])}")
+        everyone: list[tuple[Files, list[str]]] = [({}, [])] * dist.get_world_size(self.group)
+        dist.all_gather_object(everyone, (mine, problems), group=self.group)
+        passed_over = sorted({text for _, texts in everyone for text in texts})
+        found = {(name, files[name][0]) for files, _ in everyone for name in files}
+        for name, seal_ in sorted(found, reverse=True):
+            of = [f[name][1] if f.get(name, ("",))[0] == seal_ else frozenset() for f, _ in everyone]
+            checkpoint = self._manifest_of(name, source=next(rank for rank, files in enumerate(of) if files))
+            holders = tuple(frozenset().union(*(of[rank] for rank in ranks)) for ranks in self.nodes.ranks)
+            missing = sorted(set(checkpoint.manifest["files"]) - frozenset().union(*holders))
+            if not missing:
+                return Spread(checkpoint, holders), passed_over
+            passed_over.append(f"{checkpoint}: on no node is there a good {', '.join(missing[:5])}")
         return None, passed_over
 
     def _good_files(self, full: bool) -> tuple[Files, list[str]]:
@@ -180,9 +182,8 @@ class LocalLevel:
             good[name] = checkpoint.manifest["seal"], frozenset(mine) - frozenset(wrong)
         return good, problems
 
-    def _manifest_of(self, name: str, seal_: str, everyone: list[Files]) -> Checkpoint:
-        """The manifest of a checkpoint, from the first rank that has it. Collective."""
-        source = next(rank for rank, files in enumerate(everyone) if name in files and files[name][0] == seal_)
+    def _manifest_of(self, name: str, *, source: int) -> Checkpoint:
+        """The manifest of a checkpoint that the rank `source` has. Collective."""
         box: list[Any] = [None]
         if source == self.nodes.rank:
             checkpoint = read_checkpoint(self.place, name)
@@ -190,19 +191,18 @@ class LocalLevel:
         dist.broadcast_object_list(box, src=source, group=self.group)
         return Checkpoint(self.place, name, *box[0])
 
-    def gather(self, checkpoint: Checkpoint, pieces: Sequence[Piece], *, attempt: int) -> None:
+    def gather(self, spread: Spread, pieces: Sequence[Piece], *, attempt: int) -> None:
         """Bring the files that ranks of this node have to read to this node. Collective. Raises SaveError on all ranks."""
-        name, files = checkpoint.name, checkpoint.manifest["files"]
-        here = {f for f in files if (self.place.folder / name / f).exists()} if self.nodes.is_leader else set()
-        needed = {file_name(rank) for rank in needed_ranks(checkpoint, pieces)}
-        everyone: list[tuple[set[str], set[str]]] = [(set(), set())] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, (here, needed), group=self.group)
+        checkpoint = spread.checkpoint
+        files = checkpoint.manifest["files"]
+        needed: list[set[int]] = [set()] * dist.get_world_size(self.group)
+        dist.all_gather_object(needed, needed_ranks(checkpoint, pieces), group=self.group)
         transfers = []
-        for ranks in self.nodes.ranks:
-            wanted = set().union(*(everyone[rank][1] for rank in ranks)) - everyone[ranks[0]][0]
+        for ranks, held in zip(self.nodes.ranks, spread.holders, strict=True):
+            wanted = {file_name(one) for rank in ranks for one in needed[rank]} - held
             for file in sorted(wanted):
-                source = next(rank for rank, (have, _) in enumerate(everyone) if file in have)
-                transfers.append(Transfer(file, files[file]["bytes"], source, ranks[0]))
+                source = next(i for i, held in enumerate(spread.holders) if file in held)
+                transfers.append(Transfer(file, files[file]["bytes"], self.nodes.ranks[source][0], ranks[0]))
         agree(self._take(checkpoint, transfers, attempt), str(checkpoint), self.group)
 
     def _take(self, checkpoint: Checkpoint, transfers: list[Transfer], attempt: int) -> OSError | None:

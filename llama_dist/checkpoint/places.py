@@ -122,7 +122,10 @@ class LocalPlace(Place):
             row = target.nbytes // part.shape[0]
             _read_exactly(path, start + part.offset[0] * row, memoryview(target).cast("B"))
         else:
-            stored = np.memmap(path, dtype=np.float32, mode="r", offset=start, shape=shape)
+            try:
+                stored = np.memmap(path, dtype=np.float32, mode="r", offset=start, shape=shape)
+            except ValueError as error:
+                raise OSError(f"{path}: ends early; it was cut short after it was checked") from error
             target[...] = stored[part.slices]
 
     def check(self, name: str, file: str, *, size: int, checksum: str | None) -> str | None:

@@ -92,12 +92,17 @@ class SavedLayout:
 
     @classmethod
     def from_json(cls, model: ModelConfig, values: Mapping[str, Any]) -> SavedLayout:
-        """Raises ValueError or KeyError where `values` are no layout of this model."""
-        layout = Layout(*(int(values[axis]) for axis in ("dp", "tp", "pp", "cp")))
-        layers = tuple(consecutive(values["layers"]))
-        if layout.world < 1 or sum(map(len, layers)) != model.num_hidden_layers or len(layers) % layout.pp:
-            raise ValueError(f"{dict(values)} is no layout of a model of {model.num_hidden_layers} layers")
-        return cls(model, layout, int(values["zero"]), layers, tuple(values["states"]))
+        """Raises ValueError where `values` are no layout of this model."""
+        try:
+            layout = Layout(*(_count(values[axis]) for axis in ("dp", "tp", "pp", "cp")))
+            layers = tuple(consecutive([_count(number) for number in values["layers"]]))
+            zero, states = _count(values["zero"]), tuple(values["states"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{values} is no layout of a model: {error!r}") from error
+        fits = sum(map(len, layers)) == model.num_hidden_layers and len(layers) % layout.pp == 0
+        if not fits or not _can_cut(model, layout.tp) or zero > 3 or states not in (STATES, STATES[:1]):
+            raise ValueError(f"{values} is no layout of a model of {model.num_hidden_layers} layers")
+        return cls(model, layout, zero, layers, states)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -251,6 +256,20 @@ class _Placed:
     def parts_of(self, start: int, stop: int) -> range:
         """The parts that hold elements [start, stop) of the slice."""
         return range((self.at + start) // self.size, (self.at + stop - 1) // self.size + 1)
+
+
+def _count(value: Any) -> int:
+    """What JSON has as a whole number from 1."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _can_cut(model: ModelConfig, tp: int) -> bool:
+    """Whether `slice_of` can cut every parameter for `tp` ranks."""
+    keys = model.num_key_value_heads
+    whole = (model.vocab_size, model.num_attention_heads, model.intermediate_size)
+    return not any(size % tp for size in whole) and (keys % tp == 0 or tp % keys == 0)
 
 
 def _common(a: Box, b: Box) -> Box | None:

@@ -107,10 +107,14 @@ def read_checkpoint(place: Place, name: str) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if version != FORMAT:  # before its checksum, which another version may make in another way
-        by = body.get("versions", {}).get("llama_dist", "another version")
+        versions = body.get("versions")
+        by = versions.get("llama_dist") if isinstance(versions, dict) else None
+        by = by or "another version"
         raise ValueError(f"{path}: format {version}, written by llama_dist {by}; this version reads format {FORMAT}")
     if found != checksum:
         raise ValueError(f"{path}: its sha256 is {found}, expected {checksum}")
+    if missing := {"step", "samples", "files"} - body.keys():
+        raise ValueError(f"{path}: says nothing of {', '.join(sorted(missing))}")
     position = Position(body["step"], body["samples"])
     if name != folder_name(position):
         raise ValueError(f"{where}: holds the checkpoint {folder_name(position)}; somebody renamed or copied it")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from llama_dist.boxes import Box
 from llama_dist.checkpoint.pieces import Piece
-from llama_dist.checkpoint.places import COMMITTED, MANIFEST
+from llama_dist.checkpoint.places import COMMITTED, MANIFEST, Place
 from llama_dist.checkpoint.store import (
     Checkpoint,
     load_pieces,
@@ -15,12 +16,13 @@ from llama_dist.checkpoint.store import (
     read_checkpoint,
     verify,
 )
-from llama_dist.config import RunConfig, build_config
+from llama_dist.config import RunConfig, build_config, load_config
 from llama_dist.data.remote import is_url
 from llama_dist.data.tokenizer import Tokenizer
 from llama_dist.errors import UserError
 from llama_dist.model.llama import Llama
 
+LONGEST_MEASURED = 4096  # tokens of a sequence when imported weights are measured: some models take 131,072
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a path or URL is named like a checkpoint: step-00000300."""
@@ -46,31 +48,65 @@ def read_at(path: str | Path) -> Checkpoint:
     return read_checkpoint(open_place(where), name)
 
 
+def place_at(path: str | Path) -> Place:
+    """Where the checkpoints of a run folder, of weights that were imported, or of such a place itself are kept.
+
+    Raises UserError where there is no such folder.
+    """
+    if is_url(str(path)):
+        url = str(path).rstrip("/")
+        place = open_place(url)
+        return place if place.names() else open_place(f"{url}/checkpoints")
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder; name a run folder or a checkpoint in its checkpoints/")
+    if (path / "config.yaml").is_file():
+        elsewhere = load_config(path / "config.yaml").checkpoint.folder
+        if elsewhere:
+            return open_place(elsewhere)
+    return open_place(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+
+
 def find_checkpoint(path: str | Path) -> tuple[Checkpoint, list[str]]:
     """The checkpoint that `path` means: a checkpoint, or the newest one that verifies of a run or of a place.
 
     Also returns what was wrong with newer ones that were passed over. Raises UserError where there is none to use.
     """
-    if is_url(str(path)):
-        place = open_place(str(path).rstrip("/"))
-        if not place.names():
-            return read_whole(path), []
-    else:
-        path = Path(path)
-        if not path.is_dir():
+    if is_checkpoint(path) or (not is_url(str(path)) and (Path(path) / MANIFEST).is_file()):
+        if not is_url(str(path)) and not Path(path).is_dir():
             raise UserError(f"{path}: there is no such folder; name a run folder or a checkpoint in its checkpoints/")
-        if (path / MANIFEST).is_file():
-            return read_whole(path), []
-        place = open_place(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        return read_whole(path), []
+    place = place_at(path)
     checkpoint, passed_over = newest_valid(place)
     if checkpoint is None:
         raise UserError(f"{path}: holds no checkpoint; a run saves into checkpoints/ while it trains")
     return checkpoint, passed_over
 
 
+def is_imported(checkpoint: Checkpoint) -> bool:
+    """Whether these are weights from elsewhere: no run saved them, and of a config they have the model alone."""
+    return "imported" in checkpoint.manifest
+
+
 def config_of(checkpoint: Checkpoint) -> RunConfig:
-    """The config that the checkpoint was saved under."""
-    return build_config(RunConfig, checkpoint.manifest["config"], where=f"{checkpoint}/{MANIFEST}")
+    """The config that the checkpoint was saved under.
+
+    For imported weights one to measure them with: the tokenizer that was imported with them, and no data.
+    """
+    values = checkpoint.manifest["config"]
+    if is_imported(checkpoint):
+        values = _stand_in(values["model"], tokenizer=checkpoint.place.where.rpartition("/")[0] or ".")
+    return build_config(RunConfig, values, where=f"{checkpoint}/{MANIFEST}")
+
+
+def _stand_in(model: dict[str, Any], *, tokenizer: str) -> dict[str, Any]:
+    data = {
+        "tokenizer": tokenizer,
+        "train": [{"shards": "none"}],
+        "seq_len": min(model["max_position_embeddings"], LONGEST_MEASURED),
+    }
+    optim, train = {"lr": 1e-5}, {"steps": 1, "global_batch": 1}
+    return {"name": "imported", "model": model, "data": data, "optim": optim, "train": train}
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in: config.json and safetensors, checked by name and shape before anything is read.
+"""Hugging Face checkpoints: config.json and safetensors, checked by name and shape before anything is read.
 
 The logical names are Hugging Face's own, so nothing is renamed. Only safetensors files: nothing is unpickled.
 """
@@ -26,6 +26,7 @@ _INDEX = "model.safetensors.index.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMES_SHOWN = 5
+_COMPARED = 1 << 24  # elements at a time
 
 # Fields that config.json must have, and those that LlamaConfig fills in where they are absent.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -70,6 +71,37 @@ def load_hf_config(folder: str | Path) -> ModelConfig:
         raise UserError(f"{path}: {wrong}") from error
 
 
+class HuggingFaceWeights:
+    """The weights in a folder, read by rows, never more than what is asked for.
+
+    Names, shapes and dtypes of all files are checked when it is made; raises UserError naming what is wrong.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.where = str(folder)
+        self.model = load_hf_config(folder)
+        self._stored = _list_tensors(Path(folder))
+        _check_tensors(self._stored, self.model, Path(folder))
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are stored in, as safetensors calls it: "BF16"."""
+        return ", ".join(sorted({self._stored[name].dtype for name in self.tensors()}))
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that the weights lie in."""
+        return sorted({stored.path for stored in self._stored.values()})
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor, in model order."""
+        return logical_shapes(self.model)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, float32."""
+        return _read_rows(self._stored[name], name, start, stop).float()
+
+
 def hf_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Every logical tensor of the checkpoint in `folder`, in model order, in the dtype that it is stored in.
 
@@ -78,8 +110,8 @@ def hf_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     config = load_hf_config(folder)
     stored = _list_tensors(Path(folder))
     _check_tensors(stored, config, Path(folder))
-    for name in logical_shapes(config):
-        yield name, _read_tensor(stored, name)
+    for name, shape in logical_shapes(config).items():
+        yield name, _read_rows(stored[name], name, 0, shape[0])
 
 
 def load_hf_model(folder: str | Path) -> Llama:
@@ -90,6 +122,32 @@ def load_hf_model(folder: str | Path) -> Llama:
         for name, tensor in hf_tensors(folder):
             parameters[name].copy_(tensor)
     return model
+
+
+def hf_config(model: ModelConfig, *, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+    """The config.json of a model; `dtype` as torch names it ("bfloat16"). Transformers 4 and 5 both read it.
+
+    The rotary base and scaling are therefore there twice: 5 has them under rope_parameters, 4 and most other programs
+    beside each other.
+    """
+    fields = model.model_dump(mode="json", exclude={"rope_scaling"})
+    scaling = model.rope_scaling and {"rope_type": "llama3", **model.rope_scaling.model_dump(mode="json")}
+    rope = {"rope_theta": model.rope_theta, **(scaling or {"rope_type": "default"})}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **fields,
+        "rope_scaling": scaling,
+        "rope_parameters": rope,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
 
 
 def _refuse_foreign(raw: Mapping[str, Any], path: Path) -> None:
@@ -166,7 +224,7 @@ def _check_tensors(stored: Mapping[str, _Stored], config: ModelConfig, folder: P
     unexpected = [name for name in stored if name not in shapes and not name.endswith("rotary_emb.inv_freq")]
     if config.tie_word_embeddings and _HEAD in unexpected:
         unexpected.remove(_HEAD)
-        if not torch.equal(_read_tensor(stored, _HEAD), _read_tensor(stored, _EMBEDDING)):
+        if not _are_equal(stored, _HEAD, _EMBEDDING):
             raise UserError(f"{folder}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}")
     if unexpected:
         raise UserError(f"{folder}: tensors that config.json has no place for: {_listed(unexpected)}")
@@ -178,9 +236,20 @@ def _check_tensors(stored: Mapping[str, _Stored], config: ModelConfig, folder: P
         raise UserError(f"{folder}: number types that are not plain floats: {_listed(wrong)}; allowed are {_FLOATS}")
 
 
-def _read_tensor(stored: Mapping[str, _Stored], name: str) -> Tensor:
-    with safe_open(stored[name].path, framework="pt") as file:
-        return file.get_tensor(name)
+def _are_equal(stored: Mapping[str, _Stored], name: str, other: str) -> bool:
+    if stored[name].shape != stored[other].shape:
+        return False
+    rows, columns = stored[name].shape
+    step = max(1, _COMPARED // columns)
+    spans = ((start, min(start + step, rows)) for start in range(0, rows, step))
+    return all(
+        torch.equal(_read_rows(stored[name], name, *span), _read_rows(stored[other], other, *span)) for span in spans
+    )
+
+
+def _read_rows(stored: _Stored, name: str, start: int, stop: int) -> Tensor:
+    with safe_open(stored.path, framework="pt") as file:
+        return file.get_slice(name)[start:stop]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from llama_dist import __version__
-from llama_dist.checkpoint.local_level import LocalLevel
+from llama_dist.checkpoint.local_level import LocalLevel, Spread
 from llama_dist.checkpoint.pieces import Piece, check_shares, pieces_of_shares
 from llama_dist.checkpoint.plan import SavedLayout, split_name
 from llama_dist.checkpoint.store import Checkpoint, Position, load_pieces
@@ -102,7 +102,7 @@ class Coordinator:
                 self.tell(f"[red]{escape(problem)}[/]", "leftover", reason=problem)
             newer = place.names()
             # Whatever is newer than the newest that verifies does not verify.
-            damaged = [] if found.is_local or checkpoint is None else newer[: newer.index(checkpoint.name)]
+            damaged = [] if found.spread or checkpoint is None else newer[: newer.index(checkpoint.name)]
         if self.local and self.local.nodes.is_leader:
             self.local.place.sweep()
         self.saves = build_saves(
@@ -120,14 +120,14 @@ class Coordinator:
             self._draw_weights()
             self.engine.refresh()
             return Position()
-        self._load(checkpoint, is_local=found.is_local)
+        self._load(checkpoint, found.spread)
         return checkpoint.position
 
-    def _load(self, checkpoint: Checkpoint, *, is_local: bool) -> None:
+    def _load(self, checkpoint: Checkpoint, spread: Spread | None) -> None:
         read, problem = 0, []
         pieces = [piece for piece in self.pieces() if split_name(piece.name)[0] in checkpoint.saved.states]
-        if is_local:
-            self.local.gather(checkpoint, pieces, attempt=self.attempt)
+        if spread:
+            self.local.gather(spread, pieces, attempt=self.attempt)
         try:
             read = load_pieces(checkpoint, pieces)
         except UserError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from llama_dist.checkpoint.local_level import LocalLevel
+from llama_dist.checkpoint.local_level import LocalLevel, Spread
 from llama_dist.checkpoint.nodes import find_nodes
 from llama_dist.checkpoint.places import LocalPlace
 from llama_dist.checkpoint.retention import step_of
@@ -25,10 +25,10 @@ RUN_ID = "RUN_ID"
 
 @dataclass(frozen=True)
 class Found:
-    """What to go on from (None: the run begins), whether it lies on the nodes, and what was wrong with newer ones."""
+    """What to go on from (None: the run begins), if it lies on the nodes where, and what was wrong with newer ones."""
 
     checkpoint: Checkpoint | None
-    is_local: bool
+    spread: Spread | None
     passed_over: list[str]
 
 
@@ -42,17 +42,18 @@ def find_newest(run: RunConfig, level: LocalLevel | None, *, group: dist.Process
     place = place_of(run)
     newest = [max(map(step_of, place.names()), default=-1)]
     dist.broadcast_object_list(newest, src=0, group=group)
-    if local is not None and local.position.step > newest[0]:
-        return Found(local, True, wrong)
+    step = -1 if local is None else local.checkpoint.position.step
+    if step > newest[0]:
+        return Found(local.checkpoint, local, wrong)
     try:
         checkpoint, passed_over = newest_valid(place, group=group, full=full)
     except UserError as error:
         if local is None:
             raise
-        return Found(local, True, [*wrong, str(error)])
-    if local is not None and (checkpoint is None or local.position.step > checkpoint.position.step):
-        return Found(local, True, [*wrong, *passed_over])
-    return Found(checkpoint, False, [*wrong, *passed_over])
+        return Found(local.checkpoint, local, [*wrong, str(error)])
+    if step > (-1 if checkpoint is None else checkpoint.position.step):
+        return Found(local.checkpoint, local, [*wrong, *passed_over])
+    return Found(checkpoint, None, [*wrong, *passed_over])
 
 
 def open_local_level(run: RunConfig, groups: Groups) -> LocalLevel | None:

@@ -71,6 +71,7 @@ class Case:
     grad_clip: float = 0.3
     keep: int = 2
     folder: str = NO_FOLDER
+    local: str | None = None
 
     def __str__(self) -> str:
         return "-".join(token for token in (_token(self, f.name) for f in fields(self)) if token)
@@ -96,7 +97,7 @@ class Case:
     def unlaid(self) -> Case:
         """The same model on the same data in one plain process, whatever the layout."""
         first = [f.name for f in fields(self)].index("global_batch")
-        return Case(**{f.name: getattr(self, f.name) for f in fields(self)[first:]} | {"folder": NO_FOLDER, "keep": 2})
+        return Case(**{f.name: getattr(self, f.name) for f in fields(self)[first:]} | {"folder": NO_FOLDER, "keep": 2, "local": None})
 
     @property
     def run(self) -> RunConfig:
@@ -138,7 +139,7 @@ class Case:
             # of two plain processes, in float32 and in float64, too. With these they stay within a third of the limits.
             "optim": {"lr": 3e-3, "eps": 1e-4, "warmup_steps": 2, "weight_decay": 0.1, "grad_clip": self.grad_clip},
             "train": {"steps": STEPS, "global_batch": self.global_batch, "seed": 7, "precision": self.precision},
-            "checkpoint": {"keep": self.keep},
+            "checkpoint": {"keep": self.keep, "local": {"folder": self.local, "every": 1} if self.local else None},
         }
         return build_config(RunConfig, values, where="small run")
 
@@ -183,7 +184,7 @@ def _token(case: Case, name: str) -> str:
     """How one setting is written in the name of a case; empty where it need not be."""
     value, default = getattr(case, name), getattr(Case(), name)
     named = name in NAMED or (name == "schedule" and case.pp > 1)
-    if name in ("keep", "folder") or (value == default and not named):
+    if name in ("keep", "folder", "local") or (value == default and not named):
         return ""
     if name in NUMBERS:
         return f"{NUMBERS[name]}{value:g}" if isinstance(value, float) else f"{NUMBERS[name]}{value}"

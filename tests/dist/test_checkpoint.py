@@ -30,6 +30,7 @@ from llama_dist.checkpoint.places import MANIFEST, LocalPlace
 from llama_dist.checkpoint.store import newest_valid, read_checkpoint, verify
 from llama_dist.checkpoint.whole import load_model
 from llama_dist.errors import UserError
+from llama_dist.train.finding import find_newest
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -157,9 +158,8 @@ def two_saves_on_rank(case: Case) -> list[tuple[float, float]]:
 
 def go_on_on_rank(case: Case) -> tuple[int, list[str], list[tuple[float, float]]]:
     coordinator = coordinator_on_rank(case)
-    place = LocalPlace(Path(case.folder) / "checkpoints")
-    checkpoint, passed_over = newest_valid(place, group=coordinator.runtime.groups.control)
-    position = coordinator.restore(checkpoint)
+    found = find_newest(coordinator.run, None, group=coordinator.runtime.groups.control)
+    position, passed_over = coordinator.restore(found), found.passed_over
     return position.step, passed_over, steps_on_rank(coordinator, case, position, 4 - position.step)
 
 

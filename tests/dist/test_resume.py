@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 import pytest
 
-from llama_dist.checkpoint.store import list_committed, read_checkpoint, verify
+from llama_dist.checkpoint.places import LocalPlace
+from llama_dist.checkpoint.whole import read_whole
 from llama_dist.cli import main
 from llama_dist.data.prepare import prepare
 from llama_dist.data.vocabulary import train_tokenizer
@@ -148,8 +149,13 @@ def events_of(folder: Path, event: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == event]
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Its committed checkpoints, newest first."""
+    return [folder / "checkpoints" / name for name in LocalPlace(folder / "checkpoints").names()]
+
+
 def newest(folder: Path) -> Path:
-    return list_committed(folder / "checkpoints")[0]
+    return checkpoints_of(folder)[0]
 
 
 def evals_of(folder: Path) -> dict[str, Any]:
@@ -169,7 +175,7 @@ def undisturbed(home: Path, start: Start) -> Path:
     curve = curve_of(folder)
     assert [step for step, *_ in curve] == list(range(1, STEPS + 1))
     assert curve[-1][2] < curve[0][2] - 1.0, "the loss falls, so that a wrong step would show"
-    assert [path.name for path in list_committed(folder / "checkpoints")] == [
+    assert [path.name for path in checkpoints_of(folder)] == [
         f"step-{step:08d}" for step in range(STEPS, 0, -EVERY)
     ]
     return folder
@@ -188,7 +194,7 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
     assert evals_of(folder) == evals_of(undisturbed)
     assert newest(folder).name == newest(undisturbed).name
     assert state_of(newest(folder)) == state_of(newest(undisturbed))
-    assert verify(read_checkpoint(newest(folder))) == []
+    read_whole(newest(folder))
 
 
 def test_killed_ranks_and_the_curve_of_the_whole_run(start: Start, undisturbed: Path, tmp_path: Path) -> None:
@@ -248,7 +254,7 @@ def test_a_run_moves_between_layouts(start: Start, undisturbed: Path, copied: Pa
     three = {"tp": 2, "pp": 2, "zero": 3, "schedule": "zb-h1", "sequence_parallel": "true"}
     moves = [(2 * EVERY, 1, {"zero": 2}), (3 * EVERY, 4, three)]
     for kept, ranks, parallel in moves:
-        for path in list_committed(copied / "checkpoints"):
+        for path in checkpoints_of(copied):
             if int(path.name.split("-")[1]) > kept:
                 shutil.rmtree(path)
         ended = start(copied, *(f"parallel.{key}={value}" for key, value in parallel.items()), ranks=ranks).end()
@@ -272,7 +278,7 @@ def test_another_mixture_is_a_recorded_switch_and_a_killed_run_goes_on_in_it(
 ) -> None:
     mixed = f"data.train=[{{shards: {home / 'train'}, name: web}}, {{shards: {home / 'other'}, weight: 3, name: new}}]"
     switched = 2 * EVERY
-    for path in list_committed(copied / "checkpoints"):
+    for path in checkpoints_of(copied):
         if int(path.name.split("-")[1]) > switched:
             shutil.rmtree(path)
     other = tmp_path / "other"
@@ -323,8 +329,8 @@ def flip(path: Path) -> None:
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     start: Start, undisturbed: Path, copied: Path
 ) -> None:
-    checkpoints = list_committed(copied / "checkpoints")
-    damaged = [checkpoints[0] / "rank-00001.bin", checkpoints[1] / "tensors.json", checkpoints[2] / "MANIFEST.json"]
+    checkpoints = checkpoints_of(copied)
+    damaged = [checkpoints[0] / "rank-00001.bin", checkpoints[1] / "rank-00000.bin", checkpoints[2] / "MANIFEST.json"]
     flip(damaged[0])
     os.truncate(damaged[1], damaged[1].stat().st_size // 2)
     flip(damaged[2])
@@ -340,7 +346,7 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
 
 
 def test_when_every_checkpoint_is_damaged_the_run_stops_and_deletes_nothing(start: Start, copied: Path) -> None:
-    for checkpoint in list_committed(copied / "checkpoints"):
+    for checkpoint in checkpoints_of(copied):
         flip(checkpoint / "rank-00000.bin")
     before = sorted(copied.rglob("*"))
     ended = start(copied).end()
@@ -404,7 +410,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(start: Start, tmp_pat
     told = events_of(folder, "diverged")
     assert len(told) == 1
     assert "samples" in told[0]["reason"]
-    for path in list_committed(folder / "checkpoints"):
+    for path in checkpoints_of(folder):
         for data in state_of(path).values():
             assert all(math.isfinite(value) for value in memoryview(data).cast("f"))
         assert int(path.name.split("-")[1]) < told[0]["step"]

@@ -25,6 +25,7 @@ LAYERS = (
     "parallel",
     "pipeline",
     "checkpoint",
+    "exchange",
     "eval",
     "train",
     "generate",
@@ -41,6 +42,7 @@ IMPORT_BY_NAME = (
     "llama_dist/data/clean/filters.py",  # an optional dependency
     "llama_dist/data/inputs.py",
     "llama_dist/data/stdlib.py",
+    "llama_dist/exchange/gguf_files.py",  # an optional dependency
 )
 TORCH_FREE = ("errors.py", "files.py", "boxes.py", "layout.py", "cli.py", "pipeline/schedule.py", "train/optim.py")
 COLLECTIVES = (
