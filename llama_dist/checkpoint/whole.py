@@ -29,11 +29,14 @@ def is_checkpoint(path: str | Path) -> bool:
     return COMMITTED.fullmatch(str(path).rstrip("/").rpartition("/")[2]) is not None
 
 
-def read_whole(path: str | Path) -> Checkpoint:
-    """The checkpoint at this path or URL, every file of it checked. Raises UserError with all that is wrong."""
+def read_whole(path: str | Path, *, full: bool = True) -> Checkpoint:
+    """The checkpoint at this path or URL, every file checked (its checksum only if `full`).
+
+    Raises UserError with all that is wrong.
+    """
     try:
         checkpoint = read_at(path)
-        problems = verify(checkpoint)
+        problems = verify(checkpoint, full=full)
     except ValueError as error:
         problems = [str(error)]
     if problems:
@@ -46,6 +49,27 @@ def read_at(path: str | Path) -> Checkpoint:
     text = str(path) if is_url(str(path)) else str(Path(path).absolute())
     where, _, name = text.rstrip("/").rpartition("/")
     return read_checkpoint(open_place(where), name)
+
+
+def problems_of(place: Place, name: str, *, full: bool = True) -> list[str]:
+    """What is wrong with a checkpoint: its manifest, the sizes of its files and, if `full`, their checksums."""
+    try:
+        return verify(read_checkpoint(place, name), full=full)
+    except ValueError as error:
+        return [str(error)]
+
+
+def checkpoints_at(path: str | Path) -> tuple[Place, list[str]]:
+    """Where the checkpoints of a run or a place are kept, and their names, newest first: none where it is neither."""
+    if not is_url(str(path)) and not Path(path).is_dir():
+        return open_place(path), []
+    try:
+        place = place_at(path)
+        return place, place.names()
+    except (UserError, OSError):
+        if is_url(str(path)):
+            return open_place("."), []  # on a web server are shards, and no checkpoints
+        raise
 
 
 def place_at(path: str | Path) -> Place:

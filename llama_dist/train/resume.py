@@ -40,8 +40,8 @@ def check_same_run(checkpoint: Checkpoint, run: RunConfig) -> None:
 
 
 def _check_same_model(checkpoint: Checkpoint, run: RunConfig) -> None:
-    then = dict(_flat(checkpoint.saved.model.model_dump(mode="json"), "model."))
-    now = dict(_flat(run.model.model_dump(mode="json"), "model."))
+    then = dict(flat(checkpoint.saved.model.model_dump(mode="json"), "model."))
+    now = dict(flat(run.model.model_dump(mode="json"), "model."))
     names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in FREE_OF_IMPORTED]
     if names:
         differing = "; ".join(f"{name}: {then.get(name)} there, {now.get(name)} in the config" for name in names)
@@ -56,8 +56,8 @@ def changed_settings(checkpoint: Checkpoint, run: RunConfig) -> list[str]:
     if is_imported(checkpoint):
         return []
     # Settings that came into being since then had their defaults.
-    then = dict(_flat(config_of(checkpoint).model_dump(mode="json")))
-    now = dict(_flat(run.model_dump(mode="json")))
+    then = dict(flat(config_of(checkpoint).model_dump(mode="json")))
+    now = dict(flat(run.model_dump(mode="json")))
     names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in ("name", "folder")]
     return [f"{name}: {then.get(name)} then, {now.get(name)} now" for name in names]
 
@@ -103,9 +103,10 @@ def _fingerprint(sources: Sequence[OpenSource], data: DataConfig) -> str:
     return digest.hexdigest()
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A tree of settings as ("data.seq_len", 2048) and so on."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
