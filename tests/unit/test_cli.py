@@ -15,14 +15,16 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from checkpoint_helpers import pieces_of, saved_layout
 from data_helpers import make_shards, small_tokenizer
 
 from llama_dist import cli
-from llama_dist.boxes import Box
-from llama_dist.checkpoint.pieces import Piece
-from llama_dist.checkpoint.store import Position, save_checkpoint
+from llama_dist.checkpoint.places import LocalPlace
+from llama_dist.checkpoint.saving import save_checkpoint
+from llama_dist.checkpoint.store import Position
 from llama_dist.config import RunConfig, load_config
 from llama_dist.data.vocabulary import train_tokenizer
+from llama_dist.layout import Layout
 from llama_dist.model.init import init_
 from llama_dist.model.llama import Llama
 
@@ -64,13 +66,12 @@ def save_model(folder: Path, run: RunConfig) -> None:
     """A run folder with one checkpoint of freshly drawn weights."""
     model = Llama(run.model)
     init_(model, run.model, seed=0)
-    pieces = [
-        Piece(name, tuple(p.shape), Box((0,) * p.dim(), tuple(p.shape)), p.detach())
-        for name, p in model.named_parameters()
-    ]
-    (folder / "checkpoints").mkdir(parents=True)
-    state = {"layout": {"dp": 1}, "config": run.model_dump(mode="json"), "versions": {}, "data_fingerprint": "x"}
-    save_checkpoint(folder / "checkpoints", Position(1, 4), pieces, state=state, attempt=1, group=None)
+    saved = saved_layout(run.model, Layout(1), states=("",))
+    pieces = pieces_of({name: parameter.detach() for name, parameter in model.named_parameters()}, saved)
+    config = run.model_dump(mode="json")
+    state = {"layout": saved.to_json(), "config": config, "versions": {}, "data_fingerprint": "x"}
+    place = LocalPlace(folder / "checkpoints")
+    save_checkpoint(place, Position(1, 4), pieces, state=state, attempt=1, group=None)
 
 
 @pytest.fixture
@@ -120,6 +121,13 @@ def damage_checkpoint(here: Path) -> None:
 def cut_manifest(here: Path) -> None:
     file = here / "saved/checkpoints/step-00000001/MANIFEST.json"
     file.write_text(file.read_text()[:100])
+
+
+def age_checkpoint(here: Path) -> None:
+    """As if a later version had written it."""
+    file = here / "saved/checkpoints/step-00000001/MANIFEST.json"
+    body = json.loads(file.read_text())
+    file.write_text(json.dumps({**body, "format": 99, "versions": {"llama_dist": "9.9"}}))
 
 
 def cut_shards(here: Path) -> None:
@@ -222,6 +230,9 @@ DAMAGE: list[tuple[Callable[[Path], None], str, str]] = [
         "generate hello --checkpoint saved",
         r"none of its 1 checkpoints verifies.*xxh3-128 is \w+, expected \w+",
     ),
+    (age_checkpoint, "train run.yaml folder=saved", r"none of its 1 checkpoints .*format 99, written by llama_dist 9.9"),
+    (age_checkpoint, "generate hello --checkpoint saved", r"format 99, written by llama_dist 9.9; this version reads"),
+    (age_checkpoint, "inspect saved/checkpoints/step-00000001", r"format 99, written by llama_dist 9.9"),
     (damage_checkpoint, "eval saved/checkpoints/step-00000001", r"step-00000001: is damaged: .*rank-00000.bin"),
     (
         cut_manifest,
@@ -256,8 +267,10 @@ def check_refusal(here: Path, capsys: pytest.CaptureFixture[str], words: str, me
     assert re.search(message, said.err), said.err
     assert "Traceback" not in said.err + said.out and "Error(" not in said.err
     after = tree(here)
-    # What a run complains of once it has begun to read stands in its folder's log as well.
-    assert {path: content for path, content in after.items() if not re.match("run$|(run|saved)/logs", path)} == before
+    # What a run complains of once it has begun to read stands in its folder's log as well, and what cannot be read of
+    # texts beside the output.
+    told = r"run$|(run|saved)/(logs|LOCK)|new\.skipped\.jsonl$"
+    assert {path: content for path, content in after.items() if not re.match(told, path)} == before
 
 
 def test_every_problem_of_a_config_has_its_own_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,7 +332,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     overview = capsys.readouterr().out
     for name, text in cli.COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(text)}$", overview, flags=re.MULTILINE)
-    modules = {p.stem for p in (Path(cli.__file__).parent / "commands").glob("*.py")} - {"__init__"}
+    modules = {p.stem.removesuffix("_") for p in (Path(cli.__file__).parent / "commands").glob("*.py")} - {"__init_"}
     assert modules == set(cli.COMMANDS)
 
 

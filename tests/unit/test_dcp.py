@@ -1,137 +1,255 @@
-"""Pieces through torch's distributed checkpoint: raw bytes and JSON, read by box."""
+"""Pieces through torch's distributed checkpoint: raw bytes where the layout says, read by box, whoever wrote them."""
 
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
+import random
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
+from checkpoint_helpers import ALONE, State, blank, pieces_of, saved_layout, state_at, tiny_model
+from torch import Tensor
 
-from llama_dist.boxes import Box, boxes_of_flat_range
-from llama_dist.checkpoint.dcp import TENSORS_FILE, PieceLoadPlanner, PieceSavePlanner, RawReader, RawWriter
+from llama_dist.boxes import Box
+from llama_dist.checkpoint import dcp
+from llama_dist.checkpoint.dcp import NotFiniteError, PieceSavePlanner, read_pieces, write_pieces
 from llama_dist.checkpoint.pieces import Piece
-from llama_dist.files import check_file
+from llama_dist.checkpoint.plan import SavedLayout, file_name
+from llama_dist.layout import Layout
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process, as asked
-
-WHOLE = {"w": torch.arange(35.0).view(7, 5), "v": torch.arange(4.0) - 9, "cube": torch.arange(24.0).view(2, 3, 4)}
-
-
-def pieces_of(tensors: dict[str, torch.Tensor], *, parts: int) -> list[Piece]:
-    pieces = []
-    for name, tensor in tensors.items():
-        edges = [tensor.numel() * i // parts for i in range(parts + 1)]
-        for start, stop in itertools.pairwise(edges):
-            for box in boxes_of_flat_range(tuple(tensor.shape), start, stop):
-                pieces.append(Piece(name, tuple(tensor.shape), box, tensor[box.slices].clone()))
-    return pieces
+SIZES = {"num_hidden_layers": 2, "vocab_size": 8, "intermediate_size": 6, "num_attention_heads": 2}
+MODEL = tiny_model(**SIZES, tie_word_embeddings=True)
+LAYOUTS = [(Layout(1), 3), (Layout(3), 1), (Layout(2, pp=2), 3), (Layout(1, tp=2, cp=2), 2), (Layout(2, tp=2, pp=2), 1)]
+HEAD, NORM = "lm_head.weight", "model.norm.weight"  # (11, 7) and (7,) in ALONE
 
 
-def save(folder: Path, pieces: list[Piece]) -> dict[str, Any]:
-    committed: list[dict[str, Any]] = []
-    writer = RawWriter(folder, rank=3, commit=committed.append)
-    dcp.save({}, storage_writer=writer, planner=PieceSavePlanner(pieces), no_dist=True)
-    (files,) = committed
-    return files
+class Memory:
+    """Files in memory: sinks to write them, and what was read of them."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.asked: list[tuple[str, Box]] = []
+        self.bytes_asked = 0
+        self._buffer = b""
+
+    def write(self, data: Any) -> None:
+        self._buffer += bytes(memoryview(data).cast("B"))
+
+    def save(self, saved: SavedLayout, state: State) -> None:
+        for rank in range(saved.layout.world):
+            self.save_pieces(pieces_of(state, saved, rank=rank), rank)
+
+    def save_pieces(self, pieces: Sequence[Piece], rank: int = 0) -> None:
+        self._buffer = b""
+        write_pieces(pieces, self)
+        self.files[file_name(rank)] = self._buffer
+
+    def read(self, file: str, start: int, shape: tuple[int, ...], part: Box, into: Tensor) -> None:
+        assert into.device.type == "cpu" and into.is_contiguous() and into.dtype == torch.float32
+        assert tuple(into.shape) == part.shape
+        self.asked.append((file, part))
+        self.bytes_asked += into.nbytes
+        whole = np.frombuffer(self.files[file], "<f4", int(np.prod(shape)), offset=start).reshape(shape)
+        into.numpy()[...] = whole[part.slices]
 
 
-def load(folder: Path, pieces: list[Piece]) -> int:
-    reader = RawReader(folder)
-    dcp.load({}, storage_reader=reader, planner=PieceLoadPlanner(pieces), no_dist=True)
-    return reader.bytes_read
+@pytest.mark.parametrize(
+    ("wrote", "reads"), list(itertools.product(LAYOUTS, repeat=2)), ids=lambda one: f"{one[0]} zero={one[1]}"
+)
+def test_any_layout_is_read_by_any_other_and_every_byte_once(
+    wrote: tuple[Layout, int], reads: tuple[Layout, int]
+) -> None:
+    saved, wanted = (saved_layout(MODEL, layout, zero=zero) for layout, zero in (wrote, reads))
+    state, memory, read = state_at(4, saved), Memory(), 0
+    memory.save(saved, state)
+    assert {name: len(data) for name, data in memory.files.items()} == {
+        file_name(rank): saved.file_size(rank) for rank in range(saved.layout.world)
+    }
+    for rank in range(wanted.layout.world):
+        pieces = pieces_of(state, wanted, rank=rank)
+        for piece in pieces:
+            piece.data.fill_(torch.nan)
+        read += read_pieces(pieces, saved, memory.read)
+        for piece in pieces:
+            assert torch.equal(piece.data, state[piece.name][piece.box.slices])
+    assert read == memory.bytes_asked == 4 * sum(tensor.numel() for tensor in state.values())
 
 
-def blank(name: str, box: Box) -> Piece:
-    return Piece(name, tuple(WHOLE[name].shape), box, torch.full(box.shape, torch.nan))
+def test_only_the_bytes_of_the_asked_boxes_are_read() -> None:
+    saved, chosen = saved_layout(tiny_model(), Layout(3), zero=1), random.Random(2)
+    state, memory = state_at(4, saved), Memory()
+    memory.save(saved, state)
+    for _ in range(50):
+        wanted = []
+        for name, shape in chosen.sample(list(saved.tensors()), 3):
+            offset = tuple(chosen.randrange(size) for size in shape)
+            box = Box(offset, tuple(chosen.randint(1, n - at) for n, at in zip(shape, offset, strict=True)))
+            wanted.append(blank(name, shape, box))
+        memory.bytes_asked = 0
+        assert read_pieces(wanted, saved, memory.read) == 4 * sum(piece.box.numel for piece in wanted)
+        assert memory.bytes_asked == 4 * sum(piece.box.numel for piece in wanted)
+        for piece in wanted:
+            assert torch.equal(piece.data, state[piece.name][piece.box.slices])
 
 
-def test_the_files_hold_what_the_index_says(tmp_path: Path) -> None:
-    """Read back with nothing but numpy and json, as another tool would."""
-    files = save(tmp_path / "c", pieces_of(WHOLE, parts=3))
-    assert sorted(files) == ["rank-00003.bin", TENSORS_FILE]
-    for name, record in files.items():
-        assert check_file(tmp_path / "c" / name, size=record["bytes"], checksum=record["xxh3_128"]) is None
-    index = json.loads((tmp_path / "c" / TENSORS_FILE).read_text())["tensors"]
-    assert index.keys() == WHOLE.keys()
-    total = 0
-    for name, tensor in index.items():
-        assert (tensor["dtype"], tensor["shape"]) == ("float32", list(WHOLE[name].shape))
-        for chunk in tensor["chunks"]:
-            raw = np.fromfile(tmp_path / "c" / chunk["file"], "<f4", np.prod(chunk["shape"]), offset=chunk["start"])
-            box = Box(tuple(chunk["offset"]), tuple(chunk["shape"]))
-            assert np.array_equal(raw.reshape(box.shape), WHOLE[name][box.slices].numpy())
-            total += raw.nbytes
-    assert total == files["rank-00003.bin"]["bytes"] == 4 * sum(tensor.numel() for tensor in WHOLE.values())
+def test_files_are_read_one_after_the_other_and_from_front_to_back() -> None:
+    saved = saved_layout(tiny_model(), Layout(3), zero=1)
+    memory = Memory()
+    memory.save(saved, state_at(4, saved))
+    wanted = [blank(name, shape) for name, shape in saved.tensors()]
+    random.Random(0).shuffle(wanted)
+    read_pieces(wanted, saved, memory.read)
+    files = [file for file, _ in memory.asked]
+    assert files == sorted(files) and len(set(files)) == 3
 
 
-@pytest.mark.parametrize(("saved", "loaded"), list(itertools.product([1, 2, 3, 5], repeat=2)))
-def test_any_cut_is_read_by_any_other(tmp_path: Path, saved: int, loaded: int) -> None:
-    save(tmp_path / "c", pieces_of(WHOLE, parts=saved))
-    wanted = [blank(piece.name, piece.box) for piece in pieces_of(WHOLE, parts=loaded)]
-    read = load(tmp_path / "c", wanted)
+@pytest.mark.parametrize("block", [1, 3, 8, 1 << 20])
+def test_blocks_of_any_size_make_the_same_bytes(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    state, memory = state_at(4), Memory()
+    monkeypatch.setattr(dcp, "BLOCK", block)
+    memory.save(ALONE, state)
+    raw = b"".join(piece.data.numpy().tobytes() for piece in pieces_of(state))
+    assert memory.files == {"rank-00000.bin": raw}
+    wanted = [blank(name, shape) for name, shape in ALONE.tensors()]
+    read_pieces(wanted, ALONE, memory.read)
+    assert all(torch.equal(piece.data, state[piece.name]) for piece in wanted)
+    largest = max(part.numel for _, part in memory.asked)
+    assert largest <= max(block, 7), "no more than a block, or a row, is under way"
+
+
+def test_pieces_to_load_into_may_be_views_of_larger_buffers() -> None:
+    state, memory = state_at(4), Memory()
+    memory.save(ALONE, state)
+    buffer, columns = torch.zeros(100), torch.zeros(11, 9)
+    whole = Box((0, 0), (11, 7))
+    wanted = [
+        Piece(HEAD, (11, 7), whole, buffer[2:79].view(11, 7)),
+        Piece("model.embed_tokens.weight", (11, 7), whole, columns[:, 1:8]),
+        Piece(f"optimizer.exp_avg.{HEAD}", (11, 7), whole, torch.zeros(7, 11).t()),
+    ]
+    read_pieces(wanted, ALONE, memory.read)
     for piece in wanted:
-        assert torch.equal(piece.data, WHOLE[piece.name][piece.box.slices])
-    assert read == 4 * sum(tensor.numel() for tensor in WHOLE.values())
+        assert torch.equal(piece.data, state[piece.name])
+    assert buffer[:2].eq(0).all() and buffer[79:].eq(0).all()
+    assert columns[:, 0].eq(0).all() and columns[:, 8].eq(0).all()
 
 
-def test_only_the_bytes_of_the_asked_boxes_are_read(tmp_path: Path) -> None:
-    save(tmp_path / "c", pieces_of(WHOLE, parts=2))
-    wanted = [blank("w", Box((2, 1), (3, 2))), blank("cube", Box((0, 1, 1), (2, 2, 2)))]
-    assert load(tmp_path / "c", wanted) == 4 * (6 + 8)
-    for piece in wanted:
-        assert torch.equal(piece.data, WHOLE[piece.name][piece.box.slices])
+def flat_pieces(state: Tensor, starts: Sequence[int]) -> list[Piece]:
+    """Rows of seven elements of one buffer, as pieces of one tensor in the order given."""
+    rows = len(starts)
+    return [
+        Piece(HEAD, (rows, 7), Box((i, 0), (1, 7)), state[start : start + 7].view(1, 7))
+        for i, start in enumerate(starts)
+    ]
 
 
-def test_pieces_may_be_views_of_larger_buffers(tmp_path: Path) -> None:
-    save(tmp_path / "c", [Piece("w", (7, 5), Box((0, 0), (7, 5)), WHOLE["w"].t().contiguous().t())])
-    buffer = torch.zeros(40)
-    load(tmp_path / "c", [Piece("w", (7, 5), Box((0, 0), (7, 5)), buffer[2:37].view(7, 5))])
-    assert torch.equal(buffer[2:37].view(7, 5), WHOLE["w"])
-    assert buffer[:2].eq(0).all() and buffer[37:].eq(0).all()
+@pytest.mark.parametrize(
+    "starts",
+    [[0, 7, 14, 21], [21, 14, 7, 0], [0, 7, 21, 28], [0, 6, 13], [0, 8, 15], [0, 7, 0, 7], [5]],
+    ids=str,
+)
+@pytest.mark.parametrize("block", [3, 10, 1 << 20])
+def test_what_lies_together_in_memory_is_written_as_what_does_not(
+    monkeypatch: pytest.MonkeyPatch, starts: list[int], block: int
+) -> None:
+    monkeypatch.setattr(dcp, "BLOCK", block)
+    buffer, memory = torch.arange(40.0), Memory()
+    memory.save_pieces(flat_pieces(buffer, starts))
+    expected = np.concatenate([buffer[start : start + 7].numpy() for start in starts])
+    assert memory.files["rank-00000.bin"] == expected.tobytes()
+
+
+def test_pieces_to_save_may_be_strided() -> None:
+    base, memory = torch.randn(9, 20), Memory()
+    pieces = [
+        Piece("w", (20, 9), Box((0, 0), (20, 9)), base.t()),
+        Piece("v", (9, 4), Box((0, 0), (9, 4)), base[:, 3:7]),
+        Piece("u", (9, 4), Box((0, 0), (9, 4)), base[:, 7:11]),
+        Piece("e", (3,), Box((0,), (3,)), base[0, :1].expand(3)),
+    ]
+    memory.save_pieces(pieces)
+    raw = b"".join(piece.data.contiguous().numpy().tobytes() for piece in pieces)
+    assert memory.files["rank-00000.bin"] == raw
 
 
 @pytest.mark.parametrize(
     ("piece", "told"),
     [
-        (Piece("absent", (2,), Box((0,), (2,)), torch.zeros(2)), "no tensor 'absent'"),
-        (Piece("v", (5,), Box((0,), (5,)), torch.zeros(5)), r"v: the checkpoint has shape \(4,\), the model \(5,\)"),
+        (blank("absent", (2,)), "the checkpoint has no tensor 'absent'; was it saved from another model"),
+        (blank("optimizer.momentum.model.norm.weight", (7,)), "has no tensor 'optimizer.momentum.model.norm.weight'"),
+        (blank(NORM, (5,)), rf"{NORM}: the checkpoint has shape \(7,\), the model \(5,\)"),
+        (blank(HEAD, (7, 11)), rf"{HEAD}: the checkpoint has shape \(11, 7\), the model \(7, 11\)"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path: Path, piece: Piece, told: str) -> None:
-    save(tmp_path / "c", pieces_of(WHOLE, parts=2))
-    with pytest.raises(CheckpointException, match=told):
-        load(tmp_path / "c", [piece])
+def test_what_is_not_there_is_named(piece: Piece, told: str) -> None:
+    memory = Memory()
+    memory.save(ALONE, state_at(1))
+    with pytest.raises(ValueError, match=told):
+        read_pieces([piece], ALONE, memory.read)
+    assert memory.asked == []
 
 
-def test_gaps_and_overlaps_are_found_before_anything_is_written(tmp_path: Path) -> None:
-    pieces = pieces_of(WHOLE, parts=2)
-    extra = Piece("v", (4,), Box((1,), (1,)), torch.zeros(1))
-    for wrong, told in ((pieces[1:], "cover"), ([*pieces, extra], "overlap")):
-        with pytest.raises(CheckpointException, match=told):
-            save(tmp_path / told, wrong)
-        assert list((tmp_path / told).iterdir()) == []
+def test_a_checkpoint_of_weights_alone_is_read_for_its_weights() -> None:
+    saved = saved_layout(tiny_model(), Layout(2), states=("",))
+    state, memory = state_at(4, saved), Memory()
+    memory.save(saved, state)
+    wanted = blank(HEAD, (11, 7))
+    read_pieces([wanted], saved, memory.read)
+    assert torch.equal(wanted.data, state[HEAD])
+    with pytest.raises(ValueError, match="has no tensor 'optimizer.exp_avg.lm_head.weight'"):
+        read_pieces([blank(f"optimizer.exp_avg.{HEAD}", (11, 7))], saved, memory.read)
 
 
 def test_two_pieces_at_one_place_are_a_defect() -> None:
-    piece = Piece("v", (4,), Box((0,), (4,)), torch.zeros(4))
+    piece = blank(NORM, (7,))
     with pytest.raises(AssertionError, match="begin at the same place"):
         PieceSavePlanner([piece, piece])
 
 
-def test_a_folder_that_exists_is_never_written_into(tmp_path: Path) -> None:
-    save(tmp_path / "c", pieces_of(WHOLE, parts=1))
-    with pytest.raises(CheckpointException, match="exists"):
-        save(tmp_path / "c", pieces_of(WHOLE, parts=1))
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("at", [0, 30, 76])
+def test_values_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, bad: float, at: int) -> None:
+    monkeypatch.setattr(dcp, "BLOCK", 16)
+    state = state_at(4)
+    state[f"optimizer.exp_avg.{HEAD}"].view(-1)[at] = bad
+    with pytest.raises(NotFiniteError, match=f"^optimizer.exp_avg.{HEAD} holds values that are not finite numbers$"):
+        Memory().save(ALONE, state)
 
 
-def test_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
-    bad = {"w": WHOLE["w"].clone()}
-    bad["w"][6, 4] = torch.inf
-    with pytest.raises(CheckpointException, match="w holds values that are not finite"):
-        save(tmp_path / "c", pieces_of(bad, parts=2))
+def test_infinities_that_cancel_are_found_and_numbers_whose_sum_is_none_are_saved() -> None:
+    state, memory = state_at(4), Memory()
+    state[NORM][:2] = torch.tensor([torch.inf, -torch.inf])
+    with pytest.raises(NotFiniteError):
+        memory.save(ALONE, state)
+    state[NORM].fill_(3e38)
+    memory.save(ALONE, state)
+    wanted = blank(NORM, (7,))
+    read_pieces([wanted], ALONE, memory.read)
+    assert wanted.data.eq(3e38).all()
+
+
+def test_errors_of_the_storage_come_through_as_they_are() -> None:
+    class Full:
+        def write(self, data: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    def gone(*args: Any) -> None:
+        raise OSError("rank-00000.bin: gone")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_pieces(pieces_of(state_at(1)), Full())
+    with pytest.raises(OSError, match="^rank-00000.bin: gone$"):
+        read_pieces([blank(NORM, (7,))], ALONE, gone)
+
+
+def test_nobody_is_warned_of_what_is_meant() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        memory = Memory()
+        memory.save(ALONE, state_at(1))
+        read_pieces([blank(NORM, (7,))], ALONE, memory.read)
+    assert [str(one.message) for one in told] == []

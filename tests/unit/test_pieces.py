@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
+from checkpoint_helpers import ALONE, pieces_of, saved_layout, state_at, tiny_model
 
 from llama_dist.boxes import Box, slice_box
-from llama_dist.checkpoint.pieces import Piece, check_coverage, moment_name, pieces_of_shares
+from llama_dist.checkpoint.pieces import Piece, check_coverage, check_shares, pieces_of_shares
+from llama_dist.checkpoint.plan import SavedLayout
+from llama_dist.layout import Layout
 from llama_dist.model.cuts import Slice, cut_of
-from llama_dist.pipeline.partitions import MOMENTS, Share
+from llama_dist.pipeline.partitions import Share
 
 Q = "model.layers.0.self_attn.q_proj.weight"  # cut along dimension 0 by tensor parallelism
 O = "model.layers.0.self_attn.o_proj.weight"  # cut along dimension 1
@@ -39,6 +43,7 @@ def test_a_share_gives_its_weight_and_both_moments_as_views() -> None:
     share = share_of(Q, (8, 6), 4, 20, base=0.0)
     pieces = pieces_of_shares([share], slices_of())
     assert [piece.name for piece in pieces[::3]] == [Q, "optimizer.exp_avg." + Q, "optimizer.exp_avg_sq." + Q]
+    assert [float(piece.data.view(-1)[0]) for piece in pieces[::3]] == [4.0, 1004.0, 2004.0]
     assert [piece.box for piece in pieces[:3]] == [Box((0, 4), (1, 2)), Box((1, 0), (2, 6)), Box((3, 0), (1, 2))]
     assert all(piece.shape == (8, 6) and tuple(piece.data.shape) == piece.box.shape for piece in pieces)
     pieces[1].data.fill_(-1.0)
@@ -46,9 +51,77 @@ def test_a_share_gives_its_weight_and_both_moments_as_views() -> None:
     assert share.exp_avg.min() > 0
 
 
-def test_moments_have_names_of_their_own() -> None:
-    assert moment_name("exp_avg", NORM) == "optimizer.exp_avg.model.norm.weight"
-    assert len({NORM, *(moment_name(m, NORM) for m in MOMENTS)}) == 3
+def test_a_state_of_all_parameters_comes_before_the_next_state() -> None:
+    shares = [share_of(NORM, (6,), 0, 6, base=0.0), share_of(O, (6, 8), 0, 48, base=0.0)]
+    states = ("", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")
+    pieces = pieces_of_shares(shares, slices_of())
+    assert [piece.name for piece in pieces] == [state + name for state in states for name in (NORM, O)]
+
+
+def shares_of(saved: SavedLayout, rank: int) -> tuple[list[Share], dict[str, Slice]]:
+    """What a rank holds when all is as the layout says."""
+    shares, slices = [], {}
+    for held in saved.held(rank):
+        flat = torch.zeros(held.stop - held.start)
+        shares.append(Share(held.name, held.slice_.box.shape, held.start, held.stop, flat, flat, flat))
+        slices[held.name] = held.slice_
+    return shares, slices
+
+
+def test_pieces_are_written_in_the_order_of_the_layout() -> None:
+    """The one order that readers know of."""
+    for zero, rank in itertools.product((1, 3), range(3)):
+        saved = saved_layout(tiny_model(), Layout(3), zero=zero)
+        pieces = [piece for piece in pieces_of_shares(*shares_of(saved, rank)) if piece.owner]
+        expected = pieces_of(state_at(1, saved), saved, rank=rank)
+        assert [(p.name, p.shape, p.box) for p in pieces] == [(p.name, p.shape, p.box) for p in expected]
+        assert sum(4 * piece.data.numel() for piece in pieces) == saved.file_size(rank)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_shares_as_the_layout_says_are_good(zero: int) -> None:
+    sizes = {"vocab_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 6}
+    model = tiny_model(**sizes, tie_word_embeddings=True)
+    saved = saved_layout(model, Layout(2, tp=2, pp=2), zero=zero)
+    for rank in range(8):
+        check_shares(*shares_of(saved, rank), saved, rank)
+
+
+def other_range(shares: list[Share], slices: dict[str, Slice]) -> None:
+    share = shares[3]
+    shares[3] = Share(share.name, share.shape, share.start, share.stop - 1, *[share.master[1:]] * 3)
+
+
+def other_order(shares: list[Share], slices: dict[str, Slice]) -> None:
+    shares[2], shares[3] = shares[3], shares[2]
+
+
+def other_owner(shares: list[Share], slices: dict[str, Slice]) -> None:
+    slice_ = slices[shares[3].name]
+    slices[shares[3].name] = Slice(slice_.box, slice_.shape, not slice_.owner, slice_.copies)
+
+
+def last_one_missing(shares: list[Share], slices: dict[str, Slice]) -> None:
+    del shares[-1]
+
+
+def one_too_many(shares: list[Share], slices: dict[str, Slice]) -> None:
+    shares.append(shares[-1])
+
+
+def none_at_all(shares: list[Share], slices: dict[str, Slice]) -> None:
+    shares.clear()
+
+
+@pytest.mark.parametrize(
+    "change", [other_range, other_order, other_owner, last_one_missing, one_too_many, none_at_all]
+)
+def test_shares_that_are_otherwise_end_the_run_before_it_saves(change: Callable[..., None]) -> None:
+    """Or it would write checkpoints that nobody can read."""
+    shares, slices = shares_of(ALONE, 0)
+    change(shares, slices)
+    with pytest.raises(RuntimeError, match=r"rank 0: DeepSpeed gave it .* and .*plan.py says .*ZeRO-3"):
+        check_shares(shares, slices, ALONE, 0)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
