@@ -86,7 +86,7 @@ class DataConfig(Section):
     document_mask: Flag = False
     """Whether the documents that are packed into one sequence do not see each other."""
     prefetch: CountOrZero = 2
-    """Steps that a background thread reads ahead; 0: each step reads its own."""
+    """Steps, or groups of small ones, that a background thread reads ahead; 0: each step reads its own."""
     cache: Text | None = None
     """Folder for the blocks of remote shards; null: llama_dist in $XDG_CACHE_HOME or ~/.cache."""
     cache_gb: Positive = 50.0

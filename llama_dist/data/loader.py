@@ -79,6 +79,11 @@ class Loader:
         """Of each source, in an epoch."""
         return [source.samples.size for source in self._sources]
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Of this replica, as they are computed on."""
+        return self._share * self._data.seq_len
+
     def begin(
         self, history: History | None = None, *, step: int = 0, samples: int = 0, steps: int | None = None
     ) -> History:

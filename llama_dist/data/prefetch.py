@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
+from collections import deque
 from types import TracebackType
 
 from llama_dist.data.loader import Batch, Loader
 
 PATIENCE = 10.0  # seconds; a thread that still reads then ends with the process
 HINTED = 8  # steps, beyond those read ahead, that the operating system is told of
+HANDED_OVER = 1 << 18  # tokens: waking the other thread takes as long as copying tens of thousands of them
 
 
 class Prefetching:
@@ -57,22 +60,31 @@ class Prefetching:
 
 
 class _Reader:
-    """One thread that reads one step after another; `next` is where the step begins that is taken next."""
+    """One thread that reads one step after another; `next` is where the step begins that is taken next.
+
+    Small steps are handed over several at a time.
+    """
 
     def __init__(self, loader: Loader, first: int, *, steps: int, until: int) -> None:
         self.next = first
         self._loader = loader
         self._until = until
+        self._together = max(1, HANDED_OVER // loader.tokens_per_step)
         self._room = threading.Semaphore(steps)
-        self._done: queue.SimpleQueue[list[Batch] | BaseException] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[list[list[Batch] | BaseException]] = queue.SimpleQueue()
+        self._taken: deque[list[Batch] | BaseException] = deque()
         self._closed = threading.Event()
-        # A daemon: a process that ends by an exception does not wait for a file system that hangs.
+        # A daemon, told at exit: a process that ends by an exception does not wait for a file system that hangs, but a
+        # thread that the interpreter ends inside of torch takes the process down with a signal.
+        atexit.register(self.close, PATIENCE)
         self._thread = threading.Thread(target=self._read, args=(first,), name="prefetch", daemon=True)
         self._thread.start()
 
     def take(self) -> list[Batch]:
-        found = self._done.get()
-        self._room.release()
+        if not self._taken:
+            self._taken.extend(self._done.get())
+            self._room.release()
+        found = self._taken.popleft()
         if isinstance(found, BaseException):
             raise found
         self.next += self._loader.global_batch
@@ -81,23 +93,26 @@ class _Reader:
         return found
 
     def close(self, seconds: float | None) -> None:
+        atexit.unregister(self.close)
         self._closed.set()
         self._room.release()
         self._thread.join(seconds)
 
     def _read(self, samples: int) -> None:
-        batch = self._loader.global_batch
-        hinted = samples
+        batch, together, hinted = self._loader.global_batch, 1, samples  # the first step is waited for
+        read: list[list[Batch] | BaseException] = []
         try:
             while samples < self._until:
                 self._room.acquire()
-                if self._closed.is_set():
-                    return
-                self._done.put(self._loader.microbatches(samples))
-                samples += batch
-                hinted = max(hinted, samples)
+                while samples < self._until and len(read) < together:
+                    if self._closed.is_set():
+                        return
+                    read.append(self._loader.microbatches(samples))
+                    samples += batch
+                self._done.put(read)
+                read, together, hinted = [], self._together, max(hinted, samples)
                 while hinted < min(samples + HINTED * batch, self._until):
                     self._loader.prefetch(hinted)
                     hinted += batch
         except BaseException as error:
-            self._done.put(error)
+            self._done.put([*read, error])

@@ -74,8 +74,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.002)
 
 
-def test_no_more_steps_than_asked_for_are_read_ahead_and_none_behind_the_end(data: DataConfig) -> None:
+def test_no_more_steps_than_asked_for_are_read_ahead_and_none_behind_the_end(
+    data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader = Counting(data)
+    monkeypatch.setattr("llama_dist.data.prefetch.HANDED_OVER", loader.tokens_per_step)
     with Prefetching(loader, steps=3, until=24) as ahead:
         ahead.microbatches(0)
         wait_until(lambda: loader.read == [0, 4, 8, 12])
@@ -87,6 +90,19 @@ def test_no_more_steps_than_asked_for_are_read_ahead_and_none_behind_the_end(dat
             ahead.microbatches(consumed)
         assert loader.read == list(range(0, 24, 4))
         wait_until(lambda: not any(thread.is_alive() for thread in threads()))
+
+
+def test_small_steps_are_handed_over_together(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Counting(data)
+    monkeypatch.setattr("llama_dist.data.prefetch.HANDED_OVER", 3 * loader.tokens_per_step)
+    with Prefetching(loader, steps=2, until=FAR) as ahead:
+        ahead.microbatches(0)
+        wait_until(lambda: loader.read == list(range(0, 28, 4)))  # the first, and two threes
+        for consumed in (4, 8, 12):
+            ahead.microbatches(consumed)
+        wait_until(lambda: loader.read == list(range(0, 40, 4)))
+        time.sleep(0.05)
+        assert loader.read == list(range(0, 40, 4))
 
 
 def test_an_error_comes_where_its_step_is_asked_for(data: DataConfig) -> None:
