@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import tiktoken
 import tokenizers
 
 from llama_dist.data.encoded import as_bytes, joined, require_text
+from llama_dist.data.long_texts import PART_CHARACTERS, LongTexts
 from llama_dist.errors import UserError
 
 BOS_NAMES = ("<s>", "<|begin_of_text|>")
@@ -65,17 +67,29 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         require_text([text])
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return np.frombuffer(self._encoded(text), np.int32).tolist()
 
     def encode_batch(self, texts: Sequence[str], *, bos_eos: bool = False) -> tuple[np.ndarray, np.ndarray]:
         require_text(texts)
-        batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        encoded = [as_bytes(item.ids) for item in batch]
+        if any(len(text) > PART_CHARACTERS for text in texts):
+            encoded = [self._encoded(text) for text in texts]
+        else:
+            batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            encoded = [as_bytes(item.ids) for item in batch]
         return joined(encoded, bos_id=self.bos_id, eos_id=self.eos_id) if bos_eos else joined(encoded)
 
     def decode(self, ids: list[int]) -> str:
         special = {self.bos_id, self.eos_id}
         return self._tokenizer.decode([i for i in ids if i not in special], skip_special_tokens=False)
+
+    def _encoded(self, text: str) -> bytes:
+        if len(text) > PART_CHARACTERS:
+            return b"".join(map(as_bytes, self._long_texts.encoded(text)))
+        return as_bytes(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    @cached_property
+    def _long_texts(self) -> LongTexts:
+        return LongTexts(self._tokenizer)  # takes a moment for a large vocabulary, and few texts are long
 
 
 class TiktokenTokenizer:
