@@ -116,15 +116,14 @@ def _sequence(seq_len: int, cp: int, tp: int, sequence_parallel: bool) -> Iterat
 
 def _stages(pp: int, virtual: int, layers: int) -> Iterator[str]:
     if pp * virtual > layers:
-        chunks = f"parallel.pp * parallel.virtual_stages = {pp} * {virtual} = {pp * virtual} chunks exceed"
+        chunks = f"parallel.pp * parallel.virtual_stages = {pp} * {virtual} = {pp * virtual} chunks of a layer or more exceed"
         what = chunks if virtual > 1 else f"parallel.pp={pp} exceeds"
-        if virtual <= layers:
-            way = f"pp <= {layers // virtual}"
-        elif layers // pp > 1:
-            way = f"virtual_stages <= {layers // pp}"
-        else:
-            way = f"pp={min(pp, layers)} and virtual_stages=1 and schedule=1f1b"
-        yield f"{what} model.num_hidden_layers={layers}; use {way}"
+        ways = [f"pp <= {layers // virtual}"] * (virtual <= layers)
+        if layers // pp > 1:
+            ways.append(f"virtual_stages <= {layers // pp}")
+        elif virtual > 1:
+            ways.append(f"pp={min(pp, layers)} and virtual_stages=1 and schedule=1f1b")
+        yield f"{what} model.num_hidden_layers={layers}; use {', or '.join(ways)}"
 
 
 def _virtual_stages(virtual: int, schedule: str, pp: int, layers: int) -> Iterator[str]:
@@ -135,10 +134,14 @@ def _virtual_stages(virtual: int, schedule: str, pp: int, layers: int) -> Iterat
             f"use virtual_stages=1{other}"
         )
     if virtual == 1 and schedule == "interleaved":
-        other = "for example virtual_stages=2, or " if pp * 2 <= layers else ""
+        few = f", and model.num_hidden_layers={layers} is fewer than the {pp * 2} chunks of parallel.pp={pp} times 2"
+        if pp * 2 <= layers:
+            way = "for example virtual_stages=2, or schedule=1f1b"
+        else:
+            way = "schedule=1f1b" + f", or pp <= {layers // 2} and virtual_stages=2" * (layers >= 2)
         yield (
-            "parallel.schedule=interleaved needs parallel.virtual_stages of 2 or more (it is 1f1b over those); "
-            f"use {other}schedule=1f1b"
+            "parallel.schedule=interleaved needs parallel.virtual_stages of 2 or more (it is 1f1b over those)"
+            f"{few * (pp * 2 > layers)}; use {way}"
         )
 
 

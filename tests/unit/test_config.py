@@ -566,12 +566,19 @@ def test_all_problems_are_reported_each_on_its_line(run_file: Path) -> None:
         ),
         (
             ["parallel.schedule=interleaved", "parallel.virtual_stages=2", "parallel.pp=2"],
-            "parallel.pp * parallel.virtual_stages = 2 * 2 = 4 chunks exceed model.num_hidden_layers=2; use pp <= 1",
+            "parallel.pp * parallel.virtual_stages = 2 * 2 = 4 chunks of a layer or more exceed "
+            "model.num_hidden_layers=2; use pp <= 1, or pp=2 and virtual_stages=1 and schedule=1f1b",
+        ),
+        (
+            ["parallel.schedule=interleaved", "parallel.pp=2"],
+            "parallel.schedule=interleaved needs parallel.virtual_stages of 2 or more (it is 1f1b over those), and "
+            "model.num_hidden_layers=2 is fewer than the 4 chunks of parallel.pp=2 times 2; use schedule=1f1b, or "
+            "pp <= 1 and virtual_stages=2",
         ),
         (
             ["parallel.schedule=interleaved", "parallel.virtual_stages=3"],
-            "parallel.pp * parallel.virtual_stages = 1 * 3 = 3 chunks exceed model.num_hidden_layers=2; "
-            "use virtual_stages <= 2",
+            "parallel.pp * parallel.virtual_stages = 1 * 3 = 3 chunks of a layer or more exceed "
+            "model.num_hidden_layers=2; use virtual_stages <= 2",
         ),
         (
             ["parallel.schedule=interleaved", "parallel.virtual_stages=2", "model.num_hidden_layers=8",
