@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "shards", metavar="SHARDS", type=Path, help="a shard directory, or a Megatron pair by its prefix"
+        "shards", metavar="SHARDS", help="a shard directory, or a Megatron pair by its prefix"
     )
     parser.add_argument("--seq-len", type=int, required=True, metavar="N", help="data.seq_len of the run")
     parser.add_argument("--workers", type=int, metavar="N", help="pairs to pack at a time (default: one a core)")

@@ -1,7 +1,7 @@
 """Best-fit packed samples: an index beside the shards says which pieces of documents each sample is made of.
 
-The index of a shard directory for one seq_len is a folder in it, packed-N: PACKING.json, and for each pair of shards a
-file NNNNN.pack. That holds, for each sample, its first piece and then the end (samples + 1 numbers), followed by the
+The index of a shard directory for one seq_len is a folder in it, packed-N, behind a URL too: PACKING.json, and for each
+pair of shards a file NNNNN.pack. That holds, for each sample, its first piece and then the end (samples + 1 numbers), followed by the
 first token (counted from the pair's) and the size of each piece; little-endian integers of 4 bytes, or of 8 where the
 pair has more tokens than that.
 """
@@ -29,10 +29,11 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, Valid
 from llama_dist.data.best_fit import best_fit, cut_documents
 from llama_dist.data.files import is_free, new_folder
 from llama_dist.data.order import key_of, permute
+from llama_dist.data.remote import is_url
 from llama_dist.data.samples import Rows, Span
 from llama_dist.data.shards import Shards
-from llama_dist.data.storage import File, LocalFile
-from llama_dist.errors import UserError
+from llama_dist.data.storage import File, Storage
+from llama_dist.errors import RunError, UserError
 from llama_dist.files import HashingFile, check_file, write_file
 
 PACKING = "PACKING.json"
@@ -102,11 +103,10 @@ class BestFit:
     def __init__(self, shards: Shards, seq_len: int) -> None:
         self._shards = shards
         self._seq_len = seq_len
-        self._folder = index_folder(shards.path, seq_len)
-        self._command = command_for(shards.path, seq_len)
-        packing = load_packing(shards.path, seq_len)
+        self._place = Place.of(shards, seq_len)
+        packing = self._place.load()
         if (packing.shards, packing.seq_len) != (identity_of(shards), seq_len):
-            raise UserError(f"{self._folder}: is of other shards; remove it and make it again with `{self._command}`")
+            raise UserError(f"{self._place}: is of other shards; remove it and make it again {self._place.making}")
         self._pairs = packing.pairs
         self._sample_starts = [0, *accumulate(pair.samples for pair in packing.pairs)]
         self._token_starts = [0, *accumulate(pair.tokens for pair in packing.pairs)]
@@ -129,6 +129,8 @@ class BestFit:
 
     def rows(self, samples: np.ndarray) -> Rows:
         """As `Samples.rows`; `documents` and `counted` are always given."""
+        if self._place.storage.slow:
+            self.prefetch(samples)
         tokens = np.full((len(samples), self._seq_len + 1), self._padding, dtype=self._shards.dtype)
         counted = np.zeros((len(samples), self._seq_len), dtype=bool)
         documents = []
@@ -149,7 +151,7 @@ class BestFit:
         for sample in samples.tolist():
             try:
                 pieces = self._pieces(sample)
-            except UserError:  # whoever reads it will be told
+            except (UserError, RunError):  # whoever reads it will be told
                 return
             for start, size in pieces:
                 self._shards.prefetch(np.array([start]), size)
@@ -181,12 +183,10 @@ class BestFit:
 
     def _open_file(self, number: int) -> File:
         pair = self._pairs[number]
-        return LocalFile(self._folder / f"{pair.name}.pack", pair.bytes)
+        return self._place.storage.open(f"{self._place.folder}/{pair.name}.pack", pair.bytes, pair.xxh3_128)
 
     def _damaged(self, name: str) -> UserError:
-        return UserError(
-            f"{self._folder / name}: is damaged; remove {self._folder} and make it again with `{self._command}`"
-        )
+        return UserError(f"{self._place}/{name}: is damaged; remove {self._place} and make it again {self._place.making}")
 
 
 def _read(file: File, pair: PackedPair, *, at: int, count: int) -> list[int]:
@@ -196,8 +196,49 @@ def _read(file: File, pair: PackedPair, *, at: int, count: int) -> list[int]:
     return numbers.tolist()
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the index of some shards for one length lies: a folder beside them, behind a URL too.
+
+    `making`: how to make it, as one tells people.
+    """
+
+    shards: str
+    seq_len: int
+    storage: Storage
+    folder: str
+    making: str
+
+    @classmethod
+    def of(cls, shards: Shards, seq_len: int) -> Place:
+        making = f"with `{command_for(shards.path, seq_len)}`"
+        if is_url(shards.path):
+            making = f"with `llama-dist pack` where the shards are files, and copy it to {shards.path}"
+        return cls(str(shards.path), seq_len, *shards.beside(f"packed-{seq_len}"), making)
+
+    def __str__(self) -> str:
+        return f"{self.storage.path}/{self.folder}"
+
+    def load(self) -> Packing:
+        """What the index says of itself. Raises UserError where there is none, or it is damaged."""
+        name = f"{self.folder}/{PACKING}"
+        if not self.storage.exists(name):
+            raise UserError(
+                f"{self.shards}: has no index of best-fit packed samples of data.seq_len={self.seq_len}; make it "
+                f"{self.making}"
+            )
+        try:
+            return SCHEMA.validate_json(self.storage.read(name), strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise UserError(
+                f"{self}/{PACKING}: is damaged ({where}: {problem['msg']}); remove {self} and make it again {self.making}"
+            ) from error
+
+
 def index_folder(path: str | Path, seq_len: int) -> Path:
-    """Where the index of a shard directory lies, or of a bare pair given by its prefix."""
+    """Where the index of a shard directory lies, or of a bare pair given by its prefix; not of a URL."""
     return Path(path) / f"packed-{seq_len}" if Path(path).is_dir() else Path(f"{path}.packed-{seq_len}")
 
 
@@ -218,28 +259,19 @@ def identity_of(shards: Shards) -> str:
 
 def load_packing(path: str | Path, seq_len: int) -> Packing:
     """What the index of a shard directory for `seq_len` says of itself. Raises UserError where there is none."""
-    folder, command = index_folder(path, seq_len), command_for(path, seq_len)
-    try:
-        return SCHEMA.validate_json((folder / PACKING).read_bytes(), strict=True)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: has no index of best-fit packed samples of data.seq_len={seq_len}; make it with `{command}`"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{folder / PACKING}: cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise UserError(
-            f"{folder / PACKING}: is damaged ({where}: {problem['msg']}); remove {folder} and make it again with "
-            f"`{command}`"
-        ) from error
+    return Place.of(Shards(path), seq_len).load()
 
 
 def find_packing_damage(path: str | Path, seq_len: int, *, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with the sizes and checksums of an index; `parts` callers can share the reading."""
+    """What is wrong with the sizes and checksums of an index; `parts` callers can share the reading.
+
+    Behind a URL only what it says of itself is looked at: the reader holds the rest to its shape.
+    """
+    place = Place.of(Shards(path), seq_len)
+    pairs = place.load().pairs[part::parts]
+    if is_url(path):
+        return []
     folder = index_folder(path, seq_len)
-    pairs = load_packing(path, seq_len).pairs[part::parts]
     found = [check_file(folder / f"{pair.name}.pack", size=pair.bytes, checksum=pair.xxh3_128) for pair in pairs]
     return [problem for problem in found if problem]
 
@@ -255,9 +287,16 @@ def pack(path: str | Path, *, seq_len: int, workers: int | None = None) -> tuple
     for name, value in (("seq_len", seq_len), ("workers", workers)):
         if value < 1:
             raise UserError(f"{name}={value}: must be at least 1")
+    if is_url(path):
+        raise UserError(
+            f"{path}: an index is made where the shards are files; pack them there, and copy the folder "
+            f"packed-{seq_len} to {path}"
+        )
     shards = Shards(path)
     folder, identity = index_folder(path, seq_len), identity_of(shards)
     if not is_free(folder):
+        if not (folder / PACKING).is_file():
+            raise UserError(f"{folder}: is there and is no index of packed samples; remove it first")
         packing = load_packing(path, seq_len)
         if packing.shards != identity:
             raise UserError(f"{folder}: is of other shards; remove it first")

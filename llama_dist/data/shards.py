@@ -108,6 +108,10 @@ class Shards:
         if all(pair.documents is not None for pair in self._pairs):
             self._document_starts  # noqa: B018  (says now whether the counts agree)
 
+    def beside(self, name: str) -> tuple[Storage, str]:
+        """Where what belongs to these shards as `name` lies: in their directory, or with the prefix of a bare pair."""
+        return self._storage, name if self.manifest is not None else f"{self._pairs[0].name}.{name}"
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the whole sequence, in the stored dtype."""
         assert 0 <= start <= stop <= self.num_tokens, f"tokens [{start}, {stop}) of {self.num_tokens}"

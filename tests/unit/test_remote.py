@@ -22,6 +22,7 @@ from fsspec.registry import known_implementations
 
 from llama_dist.data.block_cache import BlockCache
 from llama_dist.data.manifest import MANIFEST, Manifest
+from llama_dist.data.packing import BestFit, index_folder, pack
 from llama_dist.data.remote import BLOCK, RemoteStorage, default_cache, open_storage
 from llama_dist.data.server import Server
 from llama_dist.data.shard_writer import ShardWriter
@@ -155,6 +156,29 @@ def test_a_file_too_large_for_the_cache_needs_ranges(local: Path, tmp_path: Path
     with pytest.raises(UserError, match=r"00000.bin: the server gives only whole files, .* 400000 bytes do not fit"):
         shards.tokens(0, 1)
     server.close()
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_best_fit_packed_samples_are_read(web: WebServer, local: Path, tmp_path: Path, bare: bool) -> None:
+    url, path = f"{web.url}/shards", local
+    if bare:
+        (local / MANIFEST).unlink()
+        url, path = f"{url}/00000", local / "00000"
+    with pytest.raises(UserError, match=f"^{url}: has no index .*make it with `llama-dist pack` where .* copy it to {url}"):
+        BestFit(open_remote(url, tmp_path / "cache"), 128)
+    with pytest.raises(UserError, match=f"^{url}: an index is made where the shards are files; .*packed-128 to {url}"):
+        pack(url, seq_len=128)
+    pack(path, seq_len=128)
+    expected, found = BestFit(Shards(path), 128), BestFit(open_remote(url, tmp_path / "cache"), 128)
+    assert found.size == expected.size
+    chosen = np.random.default_rng(1).integers(0, expected.size or 0, 50)
+    there, here = found.rows(chosen), expected.rows(chosen)
+    assert np.array_equal(there.tokens, here.tokens) and there.documents == here.documents
+    assert [found.spans(i) for i in chosen[:5]] == [expected.spans(i) for i in chosen[:5]]
+    (index_folder(path, 128) / "00000.pack").write_bytes(b"short")
+    damaged = BestFit(open_remote(url, tmp_path / "other"), 128)
+    with pytest.raises((UserError, RunError), match=f"^{url.removesuffix('/00000')}/.*packed-128/00000.pack: "):
+        damaged.rows(np.array([0]))
 
 
 def test_prefetch_fetches_in_the_background(web: WebServer, local: Path, tmp_path: Path) -> None:
