@@ -148,17 +148,18 @@ def _number(known: Sequence[Known], sources: Sequence[Present]) -> tuple[tuple[K
                 numbers[i] = free[0]
                 registry[free[0]] = replace(source.known)
     for i, source in enumerate(sources):
-        if numbers[i] >= 0:
-            continue
-        for old in registry[: len(known)]:
-            if old.name == source.known.name and old.identity != source.known.identity:
-                raise UserError(
-                    f"data.train.{i}: the content of source {old.name!r} is not what the run has read so far (sha256 "
-                    f"{old.identity[:12]} then, {source.known.identity[:12]} now); give back the shards of then, or "
-                    f"take the new ones as a source of their own with another data.train.{i}.name"
-                )
-        numbers[i] = len(registry)
-        registry.append(source.known)
+        others = [old for old in known if old.name == source.known.name]
+        if others and all(old.identity != source.known.identity for old in others):
+            before = [old.name for old in known if old.identity == source.known.identity]
+            raise UserError(
+                f"data.train.{i}: the content of source {source.known.name!r} is not what the run has read so far "
+                f"(sha256 {others[0].identity[:12]} then, {source.known.identity[:12]} now"
+                f"{f', which was {before[0]!r}' if before else ''}); give back the shards of then, or name the new "
+                f"ones {repr(before[0]) if before else 'otherwise'} by data.train.{i}.name"
+            )
+        if numbers[i] < 0:
+            numbers[i] = len(registry)
+            registry.append(source.known)
     return tuple(registry), numbers
 
 

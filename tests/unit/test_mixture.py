@@ -302,6 +302,9 @@ def test_other_content_under_a_name_is_refused_and_equal_content_is_known_by_any
     renamed, numbers = continue_history(first, [present("z", content="content of b"), present("a")], [], now=now)
     assert numbers == [1, 0] and [known.name for known in renamed.sources] == ["a", "z"]
     assert switch_between(first, renamed, 40) is None
+    for swapped in ([present("b", content="content of a")], [present("a"), present("b", content="content of a")]):
+        with pytest.raises(UserError, match=r"source 'b' is not .* now, which was 'a'\); .* name the new ones 'a' by"):
+            continue_history(first, swapped, [], now=now)
     new, numbers = continue_history(renamed, [present("b", content="y"), present("a")], [], now=now)
     assert numbers == [2, 0] and "b 50%" in (switch_between(renamed, new, 40) or "")
 
