@@ -328,7 +328,7 @@ def test_equal_keys_in_the_model_file_are_an_error(run_file: Path) -> None:
         ("train.step=3", "train.step is not a setting; did you mean train.steps?"),
         ("optim.warmup_step=3", "optim.warmup_step is not a setting; did you mean optim.warmup_steps?"),
         ("train.warmup_step=3", "train.warmup_step is not a setting; did you mean optim.warmup_steps?"),
-        ("train.every=3", "train.every is not a setting; did you mean checkpoint.every or eval.every?"),
+        ("train.every=3", "train.every is not a setting; did you mean checkpoint.every or checkpoint.local.every or eval.every?"),
         ("lr=3", "lr is not a setting; did you mean optim.lr?"),
         ("model.n_heads=3", "model.n_heads is not a setting; model has vocab_size, hidden_size"),
         ("data.train.0.wieght=1", "data.train.0.wieght is not a setting; did you mean data.train.0.weight?"),
