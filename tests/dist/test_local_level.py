@@ -82,7 +82,7 @@ def lose(folder: Path, node: int) -> None:
 LAYOUTS = [
     (dict(dp=4, zero=3), 4, dict(dp=4, zero=3), 4),
     (dict(dp=4, zero=3), 2, dict(tp=2, pp=2, zero=1), 2),
-    (dict(dp=2, tp=2, zero=2), 4, dict(dp=2, zero=3), 2),
+    (dict(dp=2, tp=2, zero=2), 4, dict(dp=4, zero=1), 3),
     (dict(pp=2, zero=1), 2, dict(dp=4, zero=3), 3),
     (dict(dp=2, pp=2, zero=3), 2, dict(zero=1), 1),
 ]

@@ -220,6 +220,11 @@ def test_killed_ranks_and_the_curve_of_the_whole_run(start: Start, undisturbed: 
     assert_same_run(folder, undisturbed)
 
 
+def is_state(path: Path) -> bool:
+    """Whether a file of a run folder is of the run itself, and not of who has started it."""
+    return "logs" not in path.parts and path.name != "LOCK"
+
+
 def test_asked_to_stop_all_ranks_save_and_a_finished_run_says_so(
     start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -241,11 +246,11 @@ def test_asked_to_stop_all_ranks_save_and_a_finished_run_says_so(
     assert ended.status == 0, ended.output
     assert_same_run(folder, undisturbed)
 
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "logs" not in path.parts}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if is_state(path)}
     ended = start(folder).end()
     assert ended.status == 0
     assert f"the run is finished: it stands at step {STEPS}, and train.steps is {STEPS}" in ended.output
-    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "logs" not in path.parts}
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if is_state(path)}
     assert after == before, "nothing is written into a finished run"
 
 
@@ -365,12 +370,12 @@ def test_another_model_or_other_data_is_refused_in_one_line(start: Start, home: 
             f"data.train.0: the content of source '{home / 'train'}' is not what the run has read so far",
         ),
     }[what]
-    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and "logs" not in path.parts}
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and is_state(path)}
     ended = start(copied, change, ranks=1).end()
     assert ended.status == 2, ended.output
     assert told in ended.output
     assert len(ended.output.strip().splitlines()) == 1
-    after = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and "logs" not in path.parts}
+    after = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and is_state(path)}
     assert after == before
 
 
