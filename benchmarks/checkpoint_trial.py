@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -45,8 +44,7 @@ class Found:
     quiet: list[float] = field(default_factory=list)  # steps without a save
     blocked: list[float] = field(default_factory=list)  # for each save while training goes on
     durable: list[float] = field(default_factory=list)
-    slower: list[float] = field(default_factory=list)  # all steps while it was under way, less as many quiet ones
-    stepping: list[float] = field(default_factory=list)  # those steps
+    stepping: list[float] = field(default_factory=list)  # steps while a save was under way, without what they waited
     memory: int = 0  # more than a step without a save needs, at the first save
     loads: dict[str, list[float]] = field(default_factory=dict)
 
@@ -55,7 +53,6 @@ class Contender(Protocol):
     """A way to save a run's state and to load it. Collective over all ranks."""
 
     loads: tuple[str, ...]
-    asynchronous: bool
 
     def save(self, number: int) -> None:
         """Begin to save; training goes on when this returns."""
@@ -94,11 +91,10 @@ class Trial:
         self._contender = CONTENDERS[name](self._engine, run, self._runtime, group, self._folder)
         self._found = Found(bytes=sum(3 * share.master.nbytes for share in self._engine.shares()))
 
-    def measure(self, saves: int, loads: int, train: bool) -> Found:
-        """Save with nothing else going on, then while training goes on, then load."""
+    def measure(self, saves: int, loads: int) -> Found:
+        """Save while training goes on, then with nothing else going on, then load."""
         self._step()  # the moments are numbers then
-        if train:
-            self._train(saves)
+        self._train(saves)
         self._write(saves)
         self._load(loads)
         return self._found
@@ -129,19 +125,16 @@ class Trial:
                 self._runner.train_step([self._batch])
                 waited = time.perf_counter()
                 self._contender.before_update()
-                blocked += time.perf_counter() - waited
+                waited = time.perf_counter() - waited
                 self._engine.apply_gradients(self._run.optim.lr)
-                self._found.stepping.append(time.perf_counter() - step_began)
-                steps += 1
-            took = time.perf_counter() - began
+                self._found.stepping.append(time.perf_counter() - step_began - waited)
+                blocked, steps = blocked + waited, steps + 1
             self._found.durable.append(self._contender.finish() - began)
             if not number:
                 self._found.memory = max(peak_bytes() - usual, 0)
             self._found.blocked.append(blocked)
             self._keep_only(number)
-            quiet = [self._step() for _ in range(2)]
-            self._found.quiet += quiet
-            self._found.slower.append(took - blocked - steps * statistics.mean(quiet))
+            self._found.quiet += [self._step() for _ in range(2)]
 
     def _all_done(self) -> bool:
         """Whether the save is done everywhere, so that all ranks take as many steps."""
