@@ -96,12 +96,15 @@ def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_in_a_small_input_leaves_nothing(tmp_path: Path, workers: int) -> None:
+def test_an_error_in_a_small_input_leaves_only_the_list_of_it(tmp_path: Path, workers: int) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [text_of(i) for i in range(30)])
     source.write_bytes(source.read_bytes() + b"{broken\n")
     with pytest.raises(UserError, match="a.jsonl:31: not valid JSON.*1 of 31 documents.*allowed are 0.1%"):
         prepare([source], small_tokenizer(), tmp_path / "deep/out", workers=workers)
-    assert list((tmp_path / "deep").iterdir()) == []
+    (listed,) = (tmp_path / "deep").iterdir()
+    assert listed.name == "out.skipped.jsonl"
+    (skipped,) = map(json.loads, listed.read_text().splitlines())
+    assert (skipped["where"], skipped["kind"]) == (f"{source}:31", "json")
 
 
 @pytest.mark.parametrize("texts", [[], ["", ""]])

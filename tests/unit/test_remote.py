@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from fsspec.registry import known_implementations
+from fsspec.registry import _registry, known_implementations
 
 from llama_dist.data.block_cache import BlockCache
 from llama_dist.data.manifest import MANIFEST, Manifest
@@ -229,6 +229,7 @@ def test_what_is_not_there_is_named_with_its_url(web: WebServer, local: Path, tm
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(_registry, "s3", raising=False)  # where another test has used it
     monkeypatch.setitem(known_implementations, "s3", {"class": "absent.S3", "err": "Install s3fs"})
     with pytest.raises(UserError, match="s3://bucket/x: cannot be read: Install s3fs"):
         open_storage("s3://bucket/x", cache=tmp_path)
