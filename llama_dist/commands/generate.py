@@ -10,7 +10,7 @@ from llama_dist.checkpoint.whole import check_tokenizer, config_of, find_checkpo
 from llama_dist.data.tokenizer import Tokenizer, load_tokenizer
 from llama_dist.errors import UserError
 from llama_dist.generate import generate
-from llama_dist.model.hf import load_hf_model
+from llama_dist.model.hf import load_hf_model, read_end_ids
 from llama_dist.model.llama import Llama
 from llama_dist.runtime import best_device
 
@@ -48,13 +48,15 @@ def run(args: argparse.Namespace) -> int:
         if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError(f"prompt {text!r}: is not UTF-8 text; check the terminal's encoding")
     model, tokenizer = _load(Path(args.checkpoint), args.tokenizer)
+    # Chat models end an answer with other tokens than a text; those of a run lie in its folder, where it was imported.
+    ends = {tokenizer.eos_id, *read_end_ids(_home(Path(args.checkpoint)))}
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompts = [start + tokenizer.encode(text) for text in args.prompts]
     outputs = generate(
         model.to(best_device()),
         prompts,
         max_new_tokens=args.max_new_tokens,
-        eos_id=tokenizer.eos_id,
+        eos_id=ends,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -64,9 +66,14 @@ def run(args: argparse.Namespace) -> int:
         if i:
             print(BETWEEN)
         # Decoded as one text: a tokenizer may write the first piece of a text differently from one inside it.
-        marks = (tokenizer.bos_id, tokenizer.eos_id)
+        marks = {tokenizer.bos_id, *ends}
         print(tokenizer.decode([token for token in prompt + output if token not in marks]))
     return 0
+
+
+def _home(folder: Path) -> Path:
+    """The folder itself, or the run's where it is one of a run's checkpoints."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 def _load(folder: Path, tokenizer: str | None) -> tuple[Llama, Tokenizer]:

@@ -267,3 +267,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _listed(names: list[str]) -> str:
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def read_end_ids(folder: Path) -> list[int]:
+    """The tokens with which the model of a folder ends, as its generation_config.json has them; none without one."""
+    try:
+        ends = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
