@@ -294,7 +294,7 @@ class Trial:
 
     def check_resumed(self, running: Running, expected: tuple[int, int], *, must_have_begun: bool) -> None:
         said = running.said()
-        found = re.search(r"resumed from \S*step-(\d+)", said)
+        found = re.search(r"(?:resumed from \S*step-|the run is finished: it stands at step )(\d+)", said)
         if "Traceback" in said and must_have_begun:
             raise Failure(f"a traceback:\n{said[-3000:]}")
         if found is None and not must_have_begun and "step  1/" not in said and "step  2/" not in said:
