@@ -124,6 +124,18 @@ def _something_to_evaluate(every: int, perplexity: bool, choices: list[str], hel
         )
 
 
+def _best(best: str | None, every: int, perplexity: bool, choices: list[str], heldout: str | None) -> Iterator[str]:
+    if best is None:
+        return
+    measured = [f"heldout/{key}" for key in ("loss", "perplexity") if perplexity and heldout]
+    for path in choices:
+        measured += [f"{path}/{key}" for key in ("accuracy", "accuracy_norm", "accuracy_mutual_info")]
+    if not measured or not every:
+        yield f"checkpoint.best={best!r} needs evaluations; give data.heldout or eval.choices, and eval.every"
+    elif best not in measured:
+        yield f"checkpoint.best={best!r} is not measured; use one of {', '.join(measured)}"
+
+
 def _model(*names: str) -> tuple[str, ...]:
     return tuple(f"model.{name}" for name in names)
 
@@ -139,5 +151,6 @@ CHECKS: tuple[Check, ...] = (
     Check(("optim.decay_steps", "optim.schedule", "optim.warmup_steps", "train.steps"), _decay),
     Check(("data.seq_len", "model.max_position_embeddings"), _positions),
     Check(("eval.every", "eval.perplexity", "eval.choices", "data.heldout"), _something_to_evaluate),
+    Check(("checkpoint.best", "eval.every", "eval.perplexity", "eval.choices", "data.heldout"), _best),
     *DATA_CHECKS,
 )

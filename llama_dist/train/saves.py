@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,8 @@ def best_of(evals: Path, metric: str, names: Collection[str]) -> str | None:
             value = json.loads(path.read_text())["results"][task][key]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not evaluated, or not on this task
+        if not isinstance(value, (int, float)) or math.isnan(value):
+            continue
         scores[name] = -value if key in LOWER_IS_BETTER else value
     return max(sorted(scores, reverse=True), key=scores.__getitem__, default=None)
 

@@ -630,6 +630,9 @@ def test_all_problems_are_reported_each_on_its_line(run_file: Path) -> None:
         (["data.seq_len=257"], "data.seq_len=257 exceeds model.max_position_embeddings=256; use seq_len <= 256"),
         (["eval.every=5"], "eval.every=5 with nothing to evaluate; give data.heldout"),
         (["eval.every=5", "eval.perplexity=false", "data.heldout=x"], "eval.every=5 with nothing to evaluate"),
+        (["checkpoint.best=heldout/loss", "data.heldout=x"], "checkpoint.best='heldout/loss' needs evaluations; give"),
+        (["checkpoint.best=heldout/loss", "eval.every=5", "eval.choices=[x]"], "use one of x/accuracy, x/accuracy_norm"),
+        (["checkpoint.best=los", "eval.every=5", "data.heldout=x"], "use one of heldout/loss, heldout/perplexity"),
         (
             [
                 "model.rope_scaling={factor: 8, low_freq_factor: 4, high_freq_factor: 4, "
@@ -667,6 +670,7 @@ def test_a_conflict_is_told_with_numbers_and_the_way_out(run_file: Path, setting
         ["model.head_dim=32"],
         ["model.num_key_value_heads=4"],
         ["eval.every=5", "data.heldout=x"],
+        ["eval.every=5", "data.heldout=x", "checkpoint.best=heldout/loss"],
         ["eval.every=5", "eval.choices=[x]"],
         ["optim.betas=[0, 0]", "optim.grad_clip=0", "optim.weight_decay=0"],
         ["train.precision=bf16", "train.device=cpu"],
