@@ -6,7 +6,6 @@ The files are pickles; torch reads them with `weights_only`, which builds tensor
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from llama_dist.config import ModelConfig, RopeScaling
 from llama_dist.errors import UserError
 from llama_dist.model.cuts import logical_shapes
+from llama_dist.model.hf import map_tensors
 
 PARAMS = "params.json"
 
@@ -55,7 +55,7 @@ class MetaWeights:
         if not self.files:
             raise UserError(f"{folder}: has {PARAMS} and no consolidated.*.pth; the weights must be there")
         params = _read_params(folder / PARAMS)
-        self._shards = [_open(path) for path in self.files]
+        self._shards = [map_tensors(path) for path in self.files]
         self.model = _model_of(params, self._shards, folder / PARAMS)
         self._check()
 
@@ -129,17 +129,6 @@ def _meta_rows(rows: Tensor, head_dim: int) -> Tensor:
     head, within = rows // head_dim, rows % head_dim
     half, pair = within // (head_dim // 2), within % (head_dim // 2)
     return head * head_dim + 2 * pair + half
-
-
-def _open(path: Path) -> dict[str, Tensor]:
-    try:
-        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as tensors alone, and is not loaded otherwise: {reason}") from error
-    if not isinstance(shard, dict) or not all(isinstance(value, Tensor) for value in shard.values()):
-        raise UserError(f"{path}: is no mapping of names to tensors; a consolidated.*.pth of Meta's is")
-    return shard
 
 
 def _read_params(path: Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _refuse_foreign(folder: Path) -> None:
     ):
         raise UserError(
             f"{folder}: is a checkpoint of DeepSpeed, whose files are pickles that can run code on loading; convert it "
-            f"where you trust it: `python {folder}/zero_to_fp32.py {folder} OUT --safe_serialization`, put the model's "
+            f"where you trust it: `python {folder}/zero_to_fp32.py {folder} OUT`, put the model's "
             "config.json and tokenizer into OUT, and import OUT"
         )
     if (folder / "latest_checkpointed_iteration.txt").is_file() or any(folder.glob("*/model_optim_rng.pt")):

@@ -1,11 +1,13 @@
-"""Hugging Face checkpoints: config.json and safetensors, checked by name and shape before anything is read.
+"""Hugging Face checkpoints: config.json and weights, checked by name and shape before anything is read.
 
-The logical names are Hugging Face's own, so nothing is renamed. Only safetensors files: nothing is unpickled.
+The logical names are Hugging Face's own, so nothing is renamed. Of .bin files, which are pickles, torch reads tensors
+and refuses all else; so DeepSpeed's zero_to_fp32 writes them, too.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,11 @@ from llama_dist.errors import UserError
 from llama_dist.model.cuts import logical_shapes
 from llama_dist.model.llama import Llama
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_KINDS = ((_SINGLE, _INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_NAMED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _NAMES_SHOWN = 5
 _COMPARED = 1 << 24  # elements at a time
 
@@ -43,11 +46,12 @@ _ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies, and what its file says of it."""
+    """Where a tensor lies, and what its file says of it; `data`: mapped into memory, of a .bin file."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    data: Tensor | None = None
 
 
 def load_hf_config(folder: str | Path) -> ModelConfig:
@@ -187,10 +191,12 @@ def _list_tensors(folder: Path) -> dict[str, _Stored]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    index = folder / _INDEX
-    if index.is_file():
+    for single, listed in _KINDS:
+        if (folder / single).is_file():
+            return [folder / single]
+        index = folder / listed
+        if not index.is_file():
+            continue
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, Mapping):
             raise UserError(f"{index}: weight_map is missing; it must map every tensor to its file")
@@ -199,21 +205,31 @@ def _weight_files(folder: Path) -> list[Path]:
         if missing:
             raise UserError(f"{index}: it names files that are not in {folder}: {_listed(missing)}")
         return paths
-    if any(folder.glob("*.bin")):
-        raise UserError(
-            f"{folder}: weights are .bin files, which are pickles and can run code on loading; only safetensors are "
-            "read; convert them with save_pretrained(..., safe_serialization=True)"
-        )
-    raise UserError(f"{folder}: no weights; {_SINGLE} or {_INDEX} with its shards must be there")
+    raise UserError(f"{folder}: no weights; {_SINGLE} or {_INDEX} with its shards must be there, or their like in .bin")
 
 
 def _list_file(path: Path) -> dict[str, _Stored]:
+    if path.suffix == ".bin":
+        tensors = map_tensors(path)
+        return {name: _Stored(path, tuple(t.shape), _NAMED.get(t.dtype, str(t.dtype)), t) for name, t in tensors.items()}
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return {name: _Stored(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of torch.save, mapped and not read. Raises UserError where it holds anything else."""
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as tensors alone, and is not loaded otherwise: {reason}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{path}: is no mapping of names to tensors; a file of weights is")
+    return found
 
 
 def _check_tensors(stored: Mapping[str, _Stored], config: ModelConfig, folder: Path) -> None:
@@ -248,6 +264,8 @@ def _are_equal(stored: Mapping[str, _Stored], name: str, other: str) -> bool:
 
 
 def _read_rows(stored: _Stored, name: str, start: int, stop: int) -> Tensor:
+    if stored.data is not None:
+        return stored.data[start:stop]
     with safe_open(stored.path, framework="pt") as file:
         return file.get_slice(name)[start:stop]
 

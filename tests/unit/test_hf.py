@@ -228,12 +228,28 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes
     assert str(path) in refusal(lambda: load_hf_model(tmp_path))
 
 
-def test_pickles_are_never_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", [1, 2])
+def test_files_of_torch_save_are_read_as_tensors(tmp_path: Path, files: int) -> None:
+    theirs = save_theirs(tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    (tmp_path / "model.safetensors").unlink()
+    names = [f"pytorch_model-{i + 1}.bin" for i in range(files)] if files > 1 else ["pytorch_model.bin"]
+    homes = {tensor: names[i % files] for i, tensor in enumerate(tensors)}
+    for name in names:
+        torch.save({tensor: tensors[tensor] for tensor, home in homes.items() if home == name}, tmp_path / name)
+    if files > 1:
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": homes}))
+    ours = dict(load_hf_model(tmp_path).named_parameters())
+    expected = dict(theirs.named_parameters())
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_refused_and_not_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "sprung",))
 
     write_config(tmp_path)
     torch.save(Trap(), tmp_path / "pytorch_model.bin")
-    assert "pickles" in refusal(lambda: load_hf_model(tmp_path))
+    assert "cannot be read as tensors alone" in refusal(lambda: load_hf_model(tmp_path))
     assert not (tmp_path / "sprung").exists()
