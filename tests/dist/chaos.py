@@ -24,7 +24,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -191,8 +190,8 @@ class Running:
         """Wait for all, and return their exit statuses."""
         deadline = time.monotonic() + START_SECONDS
         for process in self.processes:
-            if kill and process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+            if kill:
+                process.kill()  # of one that has ended, nothing
             process.join(max(deadline - time.monotonic(), 0.1))
         if any(process.is_alive() for process in self.processes):
             for process in self.processes:
@@ -247,7 +246,7 @@ class Trial:
         stepping = self.wait_for_instant(running)
         victim = self.rng.choice(running.processes)
         if victim.is_alive():
-            os.kill(victim.pid, signal.SIGKILL)
+            victim.kill()
             kinds = self.under_way() or ["while it stepped" if stepping else "at its start"]
             self.counts[f"killed {' and '.join(kinds)}"] += 1
             time.sleep(self.rng.uniform(0, LINGER))
