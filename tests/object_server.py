@@ -128,8 +128,11 @@ class ObjectServer:
 def object_server() -> Iterator[ObjectServer]:
     """A server until the block ends, in whose environment this process is meanwhile."""
     server = ObjectServer()
+    # File systems are kept by their arguments, and where the server is stands in the environment.
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     try:
         with mock.patch.dict(os.environ, server.environment):
             yield server
     finally:
         server.end()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -65,6 +66,7 @@ class ObjectPlace(Place):
     def _connect(self) -> None:
         # What it lists is never kept: other processes write there.
         files, self._root = fsspec.core.url_to_fs(self.where, use_listings_cache=False)
+        _try_again_where_refused(files)
         self._pid, self._connected = os.getpid(), files
 
     @property
@@ -279,6 +281,14 @@ class HashingObject:
             else:
                 self._file.close()
             self._files.rm_file(self._path)
+
+
+def _try_again_where_refused(files: AbstractFileSystem) -> None:
+    """Have s3fs try again, as for other failures, where a connection is refused or reset while a store starts anew."""
+    s3, errors = sys.modules.get("s3fs.core"), sys.modules.get("botocore.exceptions")
+    if s3 and errors and isinstance(files, s3.S3FileSystem):
+        if errors.EndpointConnectionError not in s3.S3_RETRYABLE_ERRORS:
+            s3.add_retryable_error(errors.EndpointConnectionError)
 
 
 @contextmanager
